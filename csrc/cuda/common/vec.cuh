@@ -1,0 +1,53 @@
+// 16-byte vectors of float, half and bfloat16, and conversion to and from float.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace gqa::cuda {
+
+template <typename T>
+__device__ __forceinline__ float to_float(T value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else {
+    return __bfloat162float(value);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value) {
+  if constexpr (sizeof(T) == 4) {
+    return value;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else {
+    return __float2bfloat16_rn(value);
+  }
+}
+
+template <typename T>
+struct alignas(16) Vec {
+  static constexpr int kSize = 16 / sizeof(T);
+  T value[kSize];
+};
+
+template <typename T>
+__device__ __forceinline__ Vec<T> load_vec(const T *at) {
+  return *reinterpret_cast<const Vec<T> *>(at);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vec(T *at, const Vec<T> &vec) {
+  *reinterpret_cast<Vec<T> *>(at) = vec;
+}
+
+__host__ __device__ __forceinline__ bool is_aligned16(const void *pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+}  // namespace gqa::cuda

@@ -1,0 +1,56 @@
+// Refusals, in one form for all ops and devices: "<op>: <argument> <what was wanted>, got <what was given>".
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "gqa_kernels.h"
+
+namespace gqa::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] void fail(const char *op, const std::string &message);
+
+std::string shape_string(const Tensor &tensor);
+std::string dtype_string(const Tensor &tensor);
+std::string device_string(const Tensor &tensor);
+
+// The C interface's dtype; -1 for one it does not know.
+int32_t to_gqa_dtype(ScalarType type);
+int32_t gqa_dtype_of(const Tensor &tensor);
+
+// A device the ops run on: CPU or CUDA.
+void check_device(const char *op, const char *name, const Tensor &tensor);
+void check_same_device(const char *op, const char *name, const Tensor &tensor, const char *like_name,
+                       const Tensor &like);
+// float32, float16 or bfloat16.
+void check_float_dtype(const char *op, const char *name, const Tensor &tensor);
+void check_same_dtype(const char *op, const char *name, const Tensor &tensor, const char *like_name,
+                      const Tensor &like);
+// float32 or the dtype of `like`.
+void check_weight_dtype(const char *op, const char *name, const Tensor &tensor, const char *like_name,
+                        const Tensor &like);
+// int32 or int64.
+void check_index_dtype(const char *op, const char *name, const Tensor &tensor);
+void check_rank(const char *op, const char *name, const Tensor &tensor, std::initializer_list<int64_t> ranks,
+                const char *layout);
+// Exact sizes; -1 takes any. `layout` names the dimensions: "[batch, seqlen, heads, head_dim]".
+void check_shape(const char *op, const char *name, const Tensor &tensor, const std::vector<int64_t> &sizes,
+                 const char *layout);
+void check_same_shape(const char *op, const char *name, const Tensor &tensor, const char *like_name,
+                      const Tensor &like);
+void check_last_stride(const char *op, const char *name, const Tensor &tensor);
+// `condition` failed to hold: "<name> must be <wanted>, got <given>".
+void check_value(const char *op, bool condition, const char *name, const std::string &wanted, const std::string &given);
+
+// Contiguous and uninitialised, with x's shape, dtype and device.
+Tensor new_contiguous(const Tensor &x);
+
+}  // namespace gqa::ops

@@ -1,0 +1,26 @@
+// Plans: which kernel serves which params. Pure functions of integers, built with or without CUDA.
+#pragma once
+
+#include "common/status.h"
+
+namespace gqa {
+
+struct Dim3 {
+  int64_t x = 1, y = 1, z = 1;
+};
+
+inline gqa_launch make_launch(const char *op, const char *kernel, int32_t dtype, Dim3 grid, Dim3 block,
+                              int64_t shared_memory = 0, int32_t variant = 0) {
+  return {op,
+          kernel,
+          dtype_name(dtype),
+          {static_cast<int32_t>(grid.x), static_cast<int32_t>(grid.y), static_cast<int32_t>(grid.z)},
+          {static_cast<int32_t>(block.x), static_cast<int32_t>(block.y), static_cast<int32_t>(block.z)},
+          static_cast<int32_t>(shared_memory),
+          1,
+          variant};
+}
+
+inline void add_launch(gqa_plan *plan, const gqa_launch &launch) { plan->launches[plan->num_launches++] = launch; }
+
+}  // namespace gqa

@@ -1,0 +1,62 @@
+#include "plan/rmsnorm.h"
+
+#include "plan/plan.h"
+
+namespace gqa {
+namespace {
+
+template <typename Params>
+gqa_status check(const Params *p) {
+  GQA_RETURN_IF_ERROR(check_struct(p));
+  if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
+  if (p->weight_dtype != p->dtype && p->weight_dtype != GQA_DTYPE_FLOAT32) return GQA_STATUS_UNSUPPORTED;
+  if (p->rows[0] < 0 || p->rows[1] < 0 || p->hidden < 1) return GQA_STATUS_INVALID_ARGUMENT;
+  if (p->rows[0] * p->rows[1] == 0) return GQA_STATUS_OK;
+  const bool complete = p->x != nullptr && p->weight != nullptr && p->out != nullptr;
+  return complete ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
+}
+
+template <typename Params>
+gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
+  GQA_RETURN_IF_ERROR(check_params(p));
+  *plan = {};
+  const int64_t rows = p->rows[0] * p->rows[1];
+  if (rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+  if (rows == 0) return GQA_STATUS_OK;
+  // One 16-byte load per thread where the row allows, at most 512 threads; longer rows loop.
+  const int64_t vector = 16 / dtype_size(p->dtype);
+  const int64_t threads = p->hidden <= 32 * vector    ? 32
+                          : p->hidden <= 128 * vector ? 128
+                          : p->hidden <= 256 * vector ? 256
+                                                      : 512;
+  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}));
+  plan->reason = "one block per row serves every width";
+  return GQA_STATUS_OK;
+}
+
+}  // namespace
+
+gqa_status check_params(const gqa_rmsnorm_params *p) { return check(p); }
+
+gqa_status check_params(const gqa_add_rmsnorm_params *p) {
+  GQA_RETURN_IF_ERROR(check(p));
+  if (p->rows[0] * p->rows[1] == 0) return GQA_STATUS_OK;
+  return p->residual != nullptr && p->residual_out != nullptr ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
+}
+
+}  // namespace gqa
+
+extern "C" {
+
+int64_t gqa_rmsnorm_rows(const gqa_rmsnorm_params *p) { return p->rows[0] * p->rows[1]; }
+int64_t gqa_add_rmsnorm_rows(const gqa_add_rmsnorm_params *p) { return p->rows[0] * p->rows[1]; }
+
+gqa_status gqa_rmsnorm_plan(const gqa_rmsnorm_params *p, const gqa_device *, gqa_plan *plan) {
+  return gqa::plan_rows("rmsnorm", p, plan);
+}
+
+gqa_status gqa_add_rmsnorm_plan(const gqa_add_rmsnorm_params *p, const gqa_device *, gqa_plan *plan) {
+  return gqa::plan_rows("add_rmsnorm", p, plan);
+}
+
+}  // extern "C"

@@ -1,0 +1,1 @@
+"""HuggingFace: patch() and unpatch()."""

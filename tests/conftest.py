@@ -1,0 +1,60 @@
+"""Devices, guarded memory and the summary of skips, for every test."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support.guard import Guard
+
+_gpu_skips = 0
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """The same test on the CPU and, when there is one, on the GPU."""
+    if request.param == "cuda":
+        require_gpu()
+    return str(request.param)
+
+
+@pytest.fixture
+def gpu() -> str:
+    require_gpu()
+    return "cuda"
+
+
+def require_gpu() -> None:
+    global _gpu_skips
+    if not torch.cuda.is_available():
+        _gpu_skips += 1
+        pytest.skip("no GPU")
+
+
+@pytest.fixture
+def guard(device: str) -> Iterator[Guard]:
+    """Memory with canaries around it; checked when the test ends."""
+    watcher = Guard(device)
+    yield watcher
+    watcher.check()
+
+
+@pytest.fixture(autouse=True)
+def _prefilled_outputs() -> Iterator[None]:
+    """Every freshly allocated tensor is NaN (integers: their maximum), so an output byte left unwritten shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _gpu_skips:
+        terminalreporter.write_line(f"{_gpu_skips} tests skipped: they run on a GPU and this machine has none")

@@ -1,0 +1,53 @@
+"""What every registered op promises to torch: opcheck, compile, capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support.guard import same_bytes
+
+
+def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """All four utilities of torch.library.opcheck."""
+    # opcheck compares two runs of the op; its own tensors must not be NaN-filled padding of ours.
+    torch.library.opcheck(op, args, kwargs or {})
+
+
+def flat(result: Any) -> list[Tensor]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    got, want = flat(actual), flat(expected)
+    assert len(got) == len(want)
+    for i, (a, b) in enumerate(zip(got, want)):
+        assert same_bytes(a, b), f"output {i} differs"
+
+
+def assert_compiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """fullgraph compile with dynamic shapes gives the bytes of eager."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_same(compiled(*args, **kwargs), function(*args, **kwargs))
+
+
+def assert_graph_replays(function: Callable[[], Any], change: Callable[[], None]) -> None:
+    """Captures ``function``, lets ``change`` alter its inputs in place, and compares a replay with eager."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function()
+    change()
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = [tensor.clone() for tensor in flat(captured)]
+    assert_same(replayed, function())

@@ -1,0 +1,60 @@
+"""Tensors inside larger buffers: canaries around them, poison in what must not be read, unchanged inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CANARY = 0xA5
+MARGIN = 256
+
+
+def raw_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's values as bytes, so that NaN compares equal to itself."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(raw_bytes(a), raw_bytes(b))
+
+
+class Guard:
+    """Places tensors between canaries. ``check`` fails if a canary or a read-only tensor has changed."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._buffers: list[tuple[Tensor, int, int]] = []
+        self._read_only: list[tuple[str, Tensor, Tensor]] = []
+
+    def place(self, tensor: Tensor, *, name: str = "input", writable: bool = False, offset: int = 0) -> Tensor:
+        """A contiguous copy of ``tensor`` on the device; ``offset`` elements misalign it."""
+        size = tensor.numel() * tensor.element_size()
+        start = MARGIN + offset * tensor.element_size()
+        buffer = torch.full((start + size + MARGIN,), CANARY, dtype=torch.uint8, device=self.device)
+        inside = buffer[start : start + size]
+        placed = inside.view(tensor.dtype).view(tensor.shape)
+        placed.copy_(tensor)
+        self._buffers.append((buffer, start, size))
+        if not writable:
+            self._read_only.append((name, placed, placed.clone()))
+        return placed
+
+    def randn(
+        self,
+        *shape: int,
+        dtype: torch.dtype = torch.float32,
+        scale: float = 1.0,
+        writable: bool = False,
+        offset: int = 0,
+    ) -> Tensor:
+        return self.place((torch.randn(shape) * scale).to(dtype), writable=writable, offset=offset)
+
+    def ints(self, values: list[int] | Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+        return self.place(torch.as_tensor(values, dtype=dtype))
+
+    def check(self) -> None:
+        for buffer, start, size in self._buffers:
+            outside = torch.cat([buffer[:start], buffer[start + size :]])
+            assert bool((outside == CANARY).all()), "bytes around a tensor were overwritten"
+        for name, placed, before in self._read_only:
+            assert same_bytes(placed, before), f"{name}: a read-only tensor was changed"

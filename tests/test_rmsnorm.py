@@ -1,0 +1,137 @@
+"""rmsnorm and add_rmsnorm against float64 NumPy, HuggingFace's LlamaRMSNorm and their contract with torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.bounds import DTYPES, assert_within_bound, to_numpy
+from support.contract import assert_compiles, assert_graph_replays, opcheck
+from support.guard import Guard, same_bytes
+from torch import Tensor
+
+from gqa_kernels import add_rmsnorm, rmsnorm
+
+EPS = 1e-5
+
+
+def reference(x: Tensor, weight: Tensor, offset: float = 0.0) -> np.ndarray:
+    x64 = to_numpy(x)
+    return x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + EPS) * (to_numpy(weight) + offset)
+
+
+def eager(x: Tensor, weight: Tensor, offset: float = 0.0, cast_before_weight: bool = True) -> Tensor:
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)
+    if cast_before_weight:
+        return (normed.to(x.dtype) * (weight + offset)).to(x.dtype)
+    return (normed * (weight.float() + offset)).to(x.dtype)
+
+
+@pytest.mark.abi
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 7, 32, 64, 100, 896, 2048, 4096, 4100, 20000])
+def test_p1_accuracy(guard: Guard, dtype: torch.dtype, hidden: int) -> None:
+    for rows in (1, 5):
+        x, weight = guard.randn(rows, hidden, dtype=dtype), guard.randn(hidden, dtype=dtype)
+        assert_within_bound(rmsnorm(x, weight, EPS), reference(x, weight), eager(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cast_before_weight", [True, False])
+@pytest.mark.parametrize("weight_offset", [0.0, 1.0])
+def test_p1_options(guard: Guard, dtype: torch.dtype, cast_before_weight: bool, weight_offset: float) -> None:
+    options = {"weight_offset": weight_offset, "cast_before_weight": cast_before_weight}
+    for weight_dtype in {dtype, torch.float32}:
+        x, weight = guard.randn(9, 256, dtype=dtype), guard.randn(256, dtype=weight_dtype)
+        assert_within_bound(
+            rmsnorm(x, weight, EPS, **options),
+            reference(x, weight, weight_offset),
+            eager(x, weight, weight_offset, cast_before_weight),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_p1_magnitudes(guard: Guard, dtype: torch.dtype, scale: float) -> None:
+    x, weight = guard.randn(4, 512, dtype=dtype, scale=scale), guard.randn(512, dtype=dtype)
+    assert_within_bound(rmsnorm(x, weight, EPS), reference(x, weight), eager(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matches_transformers(guard: Guard, dtype: torch.dtype) -> None:
+    """The same rounding as LlamaRMSNorm: at most one unit in the last place apart."""
+    modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    norm = modeling_llama.LlamaRMSNorm(1024, eps=EPS).to(guard.device, dtype)
+    x = guard.randn(33, 1024, dtype=dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(1024))
+        expected, actual = norm(x), rmsnorm(x, norm.weight, EPS)
+    ulp = torch.finfo(dtype).eps * expected.double().abs()
+    assert bool(((actual.double() - expected.double()).abs() <= ulp * 1.01).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [100, 1024, 20000])
+def test_add_is_exact(guard: Guard, dtype: torch.dtype, hidden: int) -> None:
+    x, residual = guard.randn(3, hidden, dtype=dtype), guard.randn(3, hidden, dtype=dtype)
+    weight = guard.randn(hidden, dtype=dtype)
+    normed, new_residual = add_rmsnorm(x, residual, weight, EPS)
+    assert same_bytes(new_residual, x + residual)
+    assert same_bytes(normed, rmsnorm(new_residual, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p9_empty(guard: Guard, dtype: torch.dtype) -> None:
+    x, weight = guard.randn(0, 64, dtype=dtype), guard.randn(64, dtype=dtype)
+    assert rmsnorm(x, weight, EPS).shape == (0, 64)
+    assert [part.shape for part in add_rmsnorm(x, x, weight, EPS)] == [(0, 64), (0, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+    base, weight = guard.randn(4, 6, 5, 64, dtype=dtype), guard.randn(64, dtype=dtype)
+    expected = rmsnorm(base, weight, EPS)
+    views = {
+        "transposed": base.transpose(0, 2).contiguous().transpose(0, 2),
+        "sliced": torch.cat([base, base], -1)[..., :64],
+        "misaligned": guard.place(base, offset=1),
+        "last dimension strided": base.transpose(-1, -2).contiguous().transpose(-1, -2),
+        "three strides": base.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+    }
+    for name, view in views.items():
+        assert same_bytes(rmsnorm(view, weight, EPS), expected), name
+        normed, total = add_rmsnorm(view, base, weight, EPS)
+        assert same_bytes(total, base + base) and same_bytes(normed, rmsnorm(base + base, weight, EPS)), name
+    expanded = base[:1].expand(4, 6, 5, 64)
+    assert same_bytes(rmsnorm(expanded, weight, EPS), expected[:1].expand(4, 6, 5, 64).contiguous())
+    assert same_bytes(rmsnorm(base, guard.place(weight, offset=1), EPS), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p8_nan_stays_in_its_row(guard: Guard, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 128).to(dtype), guard.randn(128, dtype=dtype)
+    clean = rmsnorm(guard.place(x), weight, EPS)
+    x[2, 77] = float("nan")
+    out = rmsnorm(guard.place(x), weight, EPS)
+    assert bool(out[2].isnan().all())
+    assert same_bytes(out[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
+    x, weight = guard.randn(3, 64, dtype=dtype), guard.randn(64, dtype=dtype)
+    for options in ({}, {"weight_offset": 1.0}, {"cast_before_weight": False}):
+        opcheck(torch.ops.gqa_kernels.rmsnorm.default, (x, weight, EPS), options)
+        opcheck(torch.ops.gqa_kernels.add_rmsnorm.default, (x, x, weight, EPS), options)
+
+
+def test_p17_compile(guard: Guard) -> None:
+    x, weight = guard.randn(3, 64), guard.randn(64)
+    assert_compiles(lambda x, w: rmsnorm(x, w, EPS), x, weight)
+    assert_compiles(lambda x, w: add_rmsnorm(x, x, w, EPS), x, weight)
+
+
+def test_p23_graph_replay(gpu: str) -> None:
+    x, weight = torch.randn(16, 4096, device=gpu), torch.randn(4096, device=gpu)
+    assert_graph_replays(lambda: rmsnorm(x, weight, EPS), lambda: x.normal_())
