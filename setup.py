@@ -1,7 +1,8 @@
 """Builds libgqa_kernels.so (CPU twins, and CUDA kernels where nvcc is found) and the extension module _C.
 
 Environment: GQA_KERNELS_CUDA=0 forbids CUDA, =1 demands it; TORCH_CUDA_ARCH_LIST replaces the default architectures
-"8.0 9.0a+PTX"; CUDA_HOME names the toolkit; MAX_JOBS bounds parallel compiles; GQA_KERNELS_WERROR=1 makes warnings errors.
+"8.0 9.0a" and PTX for 8.0; CUDA_HOME names the toolkit; MAX_JOBS bounds parallel compiles; GQA_KERNELS_WERROR=1 makes
+warnings errors.
 
 The products are built inside gqa_kernels/, so the tree itself can be imported, and copied from there into the wheel.
 """

@@ -1,7 +1,8 @@
 """The build backend: setuptools', asking for torch only where the installing environment has none.
 
-pip builds in isolation, so a plain requirement on torch would download and install it a second time. Inside the isolated
-build ``sysconfig`` still names the installing environment, whose torch headers serve as well; setup.py looks there.
+pip builds in isolation, so a plain requirement on torch would download and install it a second time. Inside the
+isolated build ``sysconfig`` still names the installing environment, whose torch headers serve as well; setup.py looks
+there.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def _install() -> None:
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Collects the launches made inside the block as dicts: op, kernel, dtype, grid, block, shared_memory, num_splits."""
+    """Collects the launches made inside the block: op, kernel, dtype, grid, block, shared_memory, num_splits."""
     launches: list[Launch] = []
     _recorders.append(launches)
     _install()
