@@ -2,6 +2,7 @@
 
 from gqa_kernels.launch_log import record_launches
 from gqa_kernels.rmsnorm import add_rmsnorm, rmsnorm
+from gqa_kernels.sampling import sample
 
 __version__ = "0.1.0"
 
@@ -9,4 +10,5 @@ __all__ = [
     "add_rmsnorm",
     "record_launches",
     "rmsnorm",
+    "sample",
 ]
