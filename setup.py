@@ -143,8 +143,8 @@ def build_libraries(module: Path) -> None:
     ninja.rule("link_library", link)
     ninja.rule("link_module", f"{cxx} -shared -o $out $in $flags")
 
-    # The sampler's definition is exact arithmetic, the same bytes everywhere: no contraction into FMA.
-    exact = {"sample.cpp": "-ffp-contract=off"}
+    # Arithmetic defined to the bit, the same everywhere: no contraction into FMA.
+    exact = dict.fromkeys(["rope.cpp", "sample.cpp"], "-ffp-contract=off")
     objects = ninja.compile("cxx", sources("common", ".cpp") + sources("plan", ".cpp"))
     objects += ninja.compile("cxx", sources("cpu", ".cpp"), exact)
     if nvcc:

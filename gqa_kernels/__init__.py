@@ -1,14 +1,23 @@
 """The kernels of a Llama-family decoder as torch custom ops, on CPU and CUDA."""
 
 from gqa_kernels.launch_log import record_launches
+from gqa_kernels.residual import residual_add
 from gqa_kernels.rmsnorm import add_rmsnorm, rmsnorm
+from gqa_kernels.rope import rope, rope_, rope_tables
 from gqa_kernels.sampling import sample
+from gqa_kernels.swiglu import swiglu, swiglu_ffn
 
 __version__ = "0.1.0"
 
 __all__ = [
     "add_rmsnorm",
     "record_launches",
+    "residual_add",
     "rmsnorm",
+    "rope",
+    "rope_",
+    "rope_tables",
     "sample",
+    "swiglu",
+    "swiglu_ffn",
 ]
