@@ -50,7 +50,8 @@ class Goal:
     def verdict(self, rows: list[Row]) -> str:
         ours = rows[0]
         if self.share is not None:
-            text, met = f"{1 / ours.share:.2f} x the floor, at most {1 / self.share:.1f} x", ours.share >= self.share
+            share = ours.share or 0.0
+            text, met = f"{1 / max(share, 1e-9):.2f} x the floor, at most {1 / self.share:.1f} x", share >= self.share
         elif self.rate is not None:
             rate = ours.bytes_per_s or 0.0
             text, met = f"{rate / 1e12:.2f} TB/s, at least {self.rate / 1e12:.1f}", rate >= self.rate

@@ -50,12 +50,11 @@ def _check(options: dict[str, Any]) -> Callable[[Inputs, Any], None]:
                 raise AssertionError("not the largest logit")
             return
         probability, order = logits.softmax(1).sort(1, descending=True)
-        kept = probability >= options.get("min_p", 0.0) * probability[:, :1] * (1 - SLACK)
-        if "top_k" in options:
-            kept &= probability >= probability[:, options["top_k"] - 1 : options["top_k"]]
-        mass = torch.where(kept, probability, 0.0)
+        last = options.get("top_k", logits.shape[1]) - 1
+        mass = torch.where(probability >= probability[:, last : last + 1], probability, 0.0)
         mass /= mass.sum(1, keepdim=True)
-        kept &= mass.cumsum(1) - mass <= options["top_p"] + SLACK
+        kept = (mass > 0) & (mass.cumsum(1) - mass <= options["top_p"] + SLACK)
+        kept &= probability >= options.get("min_p", 0.0) * probability[:, :1] * (1 - SLACK)
         lowest = torch.where(kept, logits.gather(1, order), torch.inf).amin(1, keepdim=True)
         if not bool((chosen >= lowest).all()):
             raise AssertionError("a token outside the kept set")
@@ -71,10 +70,9 @@ def _torch_sample(options: dict[str, Any]) -> Callable[[Inputs], Tensor]:
         if "top_k" in options:
             logits, order = logits[:, : options["top_k"]], order[:, : options["top_k"]]
         p = logits.softmax(-1)
+        p = p.masked_fill(p.cumsum(-1) - p > options["top_p"], 0.0)
         if "min_p" in options:
             p = p.masked_fill(p < options["min_p"] * p[:, :1], 0.0)
-            p = p / p.sum(-1, keepdim=True)
-        p = p.masked_fill(p.cumsum(-1) - p > options["top_p"], 0.0)
         race = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
         return order.gather(-1, race)[:, 0]
 
