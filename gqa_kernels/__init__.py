@@ -1,5 +1,6 @@
 """The kernels of a Llama-family decoder as torch custom ops, on CPU and CUDA."""
 
+from gqa_kernels.explain import Explanation, explain
 from gqa_kernels.launch_log import record_launches
 from gqa_kernels.residual import residual_add
 from gqa_kernels.rmsnorm import add_rmsnorm, rmsnorm
@@ -10,7 +11,9 @@ from gqa_kernels.swiglu import swiglu, swiglu_ffn
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "add_rmsnorm",
+    "explain",
     "record_launches",
     "residual_add",
     "rmsnorm",
