@@ -44,7 +44,7 @@ def test_p1_magnitudes(guard: Guard, dtype: torch.dtype, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_p1_every_half_agrees_with_torch(guard: Guard, dtype: torch.dtype) -> None:
-    """All 65,536 gates: NaN where torch has it, else at most one unit in the last place apart and nearly always equal."""
+    """All 65,536 gates: NaN where torch has it, else at most one unit in the last place apart and nearly all equal."""
     gate = guard.place(torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype))
     out, expected = swiglu(gate, torch.ones_like(gate)), silu(gate)
     assert torch.equal(out.isnan(), expected.isnan())
