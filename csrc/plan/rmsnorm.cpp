@@ -1,5 +1,7 @@
 #include "plan/rmsnorm.h"
 
+#include <algorithm>
+
 #include "plan/plan.h"
 
 namespace gqa {
@@ -23,13 +25,13 @@ gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   const int64_t rows = p->rows[0] * p->rows[1];
   if (rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (rows == 0) return GQA_STATUS_OK;
-  // One 16-byte load per thread where the row allows, at most 512 threads; longer rows loop.
-  const int64_t vector = 16 / dtype_size(p->dtype);
-  const int64_t threads = p->hidden <= 32 * vector    ? 32
-                          : p->hidden <= 128 * vector ? 128
-                          : p->hidden <= 256 * vector ? 256
-                                                      : 512;
-  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}));
+  // Few rows: one vector a thread, for latency. Many: four, for more bytes in flight. The result is the same.
+  const int64_t vectors = ceil_div(p->hidden, 16 / dtype_size(p->dtype));
+  const int64_t per_thread = rows <= 264 ? 1 : 4;
+  const int64_t threads = std::min<int64_t>(512, ceil_div(ceil_div(vectors, per_thread), int64_t{32}) * 32);
+  const int64_t shared_memory = ceil_div(vectors, int64_t{32}) * 4;
+  if (shared_memory > 48 * 1024) return GQA_STATUS_UNSUPPORTED;
+  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}, shared_memory));
   plan->reason = "one block per row serves every width";
   return GQA_STATUS_OK;
 }
