@@ -43,11 +43,6 @@ struct Row {
       residual_out = row_at<T>(p.residual_out, p.residual_out_stride, outer, inner);
     }
   }
-
-  __device__ bool aligned() const {
-    return hidden % Vec<T>::kSize == 0 && is_aligned16(x) && is_aligned16(residual) && is_aligned16(weight) &&
-           is_aligned16(out) && is_aligned16(residual_out);
-  }
 };
 
 // The vector at element `at`; past the end of the row it is filled with zeros.
@@ -116,7 +111,9 @@ __device__ void write_out(const Row<T, W, Params> &row, const Vec<T> &x, int64_t
 }
 
 template <bool kAligned, typename T, typename W, typename Params>
-__device__ void norm(const Row<T, W, Params> &row, const Params &p, float *partial) {
+__global__ void __launch_bounds__(512, 2) norm_row(const Params p) {
+  extern __shared__ float partial[];
+  const Row<T, W, Params> row(p, blockIdx.x);
   const int64_t step = static_cast<int64_t>(blockDim.x) * Vec<T>::kSize;
   const int64_t first = threadIdx.x * Vec<T>::kSize;
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
@@ -155,23 +152,16 @@ __device__ void norm(const Row<T, W, Params> &row, const Params &p, float *parti
   }
 }
 
-template <typename T, typename W, typename Params>
-__global__ void __launch_bounds__(512, 2) norm_row(const Params p) {
-  extern __shared__ float partial[];
-  const Row<T, W, Params> row(p, blockIdx.x);
-  if (row.aligned()) {
-    norm<true>(row, p, partial);
-  } else {
-    norm<false>(row, p, partial);
-  }
-}
-
 template <typename Params>
 gqa_status run(const Params *p, const gqa_plan &plan, cudaStream_t stream) {
   if (plan.num_launches == 0) return GQA_STATUS_OK;
   return dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    auto *kernel = p->weight_dtype == p->dtype ? norm_row<T, T, Params> : norm_row<T, float, Params>;
+    const auto pick = [&](auto aligned) {
+      constexpr bool kAligned = decltype(aligned)::value;
+      return p->weight_dtype == p->dtype ? norm_row<kAligned, T, T, Params> : norm_row<kAligned, T, float, Params>;
+    };
+    auto *kernel = plan.launches[0].variant == kAlignedRows ? pick(std::true_type{}) : pick(std::false_type{});
     return launch(kernel, plan.launches[0], stream, *p);
   });
 }
