@@ -14,6 +14,7 @@ from support.guard import Guard, same_bytes
 from torch import Tensor
 
 from gqa_kernels import rope, rope_, rope_tables
+from gqa_kernels._library import C
 
 ops = torch.ops.gqa_kernels
 
@@ -239,7 +240,7 @@ def test_p9_empty(guard: Guard, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype, interleaved: bool) -> None:
+def test_p2_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype, interleaved: bool) -> None:
     options: dict[str, Any] = {"interleaved": interleaved}
     q, k = torch.randn(3, 5, 4, 64).to(dtype), torch.randn(3, 5, 2, 64).to(dtype)
     cos, sin = tables(guard, 48, 5)
@@ -402,6 +403,32 @@ def test_p22_in_place_neither_allocates_nor_synchronises(gpu: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_plan_takes_vectors_where_all_is_aligned() -> None:
+    """The choice of kernel is made of integers: it is tested, and explained, without a GPU."""
+    q, k = torch.zeros(2, 9, 6, 128), torch.zeros(2, 9, 2, 128)
+    cos = torch.zeros(9, 64)
+
+    def launch(*args: Tensor | None) -> dict[str, Any]:
+        C.explain_begin("cuda", 90, 132, 232448, 62914560)
+        rope(*args)
+        (plan,) = C.explain_end()
+        (only,) = plan["launches"]
+        return dict(only)
+
+    aligned = launch(q, k, cos, cos)
+    assert (aligned["kernel"], aligned["grid"][0] * aligned["block"][2] >= 18) == ("rope_vector", True)
+    assert launch(q.transpose(1, 2).contiguous().transpose(1, 2), None, cos, cos)["kernel"] == "rope_vector"
+    assert launch(q, k, cos[:, :60], cos[:, :60])["kernel"] == "rope_vector"  # 60 pairs of float32 are 15 vectors
+    assert launch(q.half(), k.half(), cos[:, :60], cos[:, :60])["kernel"] == "rope_scalar"
+    misaligned = torch.zeros(2 * 9 * 6 * 128 + 1)[1:].view(2, 9, 6, 128)
+    assert launch(misaligned, k, cos, cos)["kernel"] == "rope_scalar"
+    assert launch(q, k, cos[:, 1:9], cos[:, 1:9])["kernel"] == "rope_scalar"
+    for heads, dim in itertools.product((1, 7, 32, 71, 256), (8, 64, 96, 256)):
+        plan = launch(torch.zeros(1, 3, heads, dim), None, torch.zeros(3, dim // 2), torch.zeros(3, dim // 2))
+        x, y, z = plan["block"]
+        assert x * y * z <= 256 and z <= 64 and plan["grid"][0] * z >= 3
 
 
 def test_p23_graph_replay(gpu: str) -> None:

@@ -84,7 +84,11 @@ def test_equals_transformers(device: str, name: str) -> None:
         settings = {**(scaling or {}), "max_position_embeddings": TRAINED}
         ours = rope_tables(DIM, seq_len, base=10000.0, scaling=settings, seq_len=seq_len, device=device)
         for mine, want in zip(ours, theirs(scaling, seq_len, device)):
-            assert same_bytes(mine, want.contiguous()), f"{seq_len} tokens"
+            if device == "cpu":
+                assert same_bytes(mine, want.contiguous()), f"{seq_len} tokens"
+            else:  # there transformers computes some scalings' frequencies with the GPU's own power function
+                slack = 4 * torch.finfo(torch.float32).eps * (1 + torch.arange(seq_len, device=device)[:, None])
+                assert bool(((mine - want).abs() <= slack).all()), f"{seq_len} tokens"
 
 
 def test_type_may_be_called_type() -> None:

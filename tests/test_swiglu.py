@@ -95,7 +95,7 @@ def test_p9_empty(guard: Guard, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [5, 64])
-def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype, hidden: int) -> None:
+def test_p2_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype, hidden: int) -> None:
     gate, up = torch.randn(4, 6, 5, hidden).to(dtype), guard.randn(4, 6, 5, hidden, dtype=dtype)
     expected = swiglu(guard.place(gate), up)
     poison = torch.full_like(gate, float("nan"))  # P2: what lies between the strides is never read
