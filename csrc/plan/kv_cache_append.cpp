@@ -22,8 +22,10 @@ gqa_status check_rotary(const gqa_rotary &r, int32_t dtype, int32_t head_dim) {
   return sizes ? GQA_STATUS_OK : GQA_STATUS_INVALID_ARGUMENT;
 }
 
+// No token, or no row in the cache that could take one.
 bool is_empty(const gqa_kv_cache_append_params *p) {
-  return p->batch * p->seqlen == 0 || (p->cu_seqlens.data != nullptr && p->total_tokens == 0);
+  const bool no_tokens = p->batch * p->seqlen == 0 || (p->cu_seqlens.data != nullptr && p->total_tokens == 0);
+  return no_tokens || p->cache_capacity == 0 || (p->block_table.data != nullptr && p->num_pages == 0);
 }
 
 }  // namespace
@@ -41,11 +43,8 @@ gqa_status check_params(const gqa_kv_cache_append_params *p) {
   }
   GQA_RETURN_IF_ERROR(check_rotary(p->rotary, p->dtype, p->head_dim));
   if (is_empty(p)) return GQA_STATUS_OK;
-  const bool complete = p->k != nullptr && p->v != nullptr && p->cache_seqlens.data != nullptr;
-  // An empty cache has no address, and every length is out of its range.
-  const bool cache = (p->k_cache != nullptr && p->v_cache != nullptr) || p->cache_capacity == 0 ||
-                     (p->block_table.data != nullptr && p->num_pages == 0);
-  return complete && cache ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
+  const bool complete = p->k != nullptr && p->v != nullptr && p->k_cache != nullptr && p->v_cache != nullptr;
+  return complete && p->cache_seqlens.data != nullptr ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
 }
 
 }  // namespace gqa
