@@ -146,7 +146,7 @@ void plan_splits(const gqa_attention_params *p, const gqa_device &device, Attent
     plan->min_chunk = kInvariantChunk;
     plan->divisor = kInvariantSplits;
     plan->num_splits =
-        few_rows ? std::clamp<int64_t>(ceil_div(keys + kSplitUnit, kInvariantChunk), 1, kInvariantSplits) : 1;
+        few_rows ? std::clamp<int64_t>(ceil_div<int64_t>(keys + kSplitUnit, kInvariantChunk), 1, kInvariantSplits) : 1;
     if (few_rows) {
       plan->plan.reason = "batch_invariant: splits follow each row's own length";
       return;
