@@ -11,6 +11,7 @@ namespace {
 constexpr int32_t kMaxHeadDim = 256;
 constexpr int64_t kMaxDecodeQueries = 16;
 constexpr int64_t kMaxKeys = INT32_MAX - 4096;  // key positions are int32 in the kernels
+constexpr int64_t kMaxRows = INT32_MAX / 4;     // and so are a KV head's rows
 constexpr int32_t kMaxSplits = 128;
 constexpr int32_t kInvariantSplits = 16;
 constexpr int32_t kInvariantChunk = 256;
@@ -130,7 +131,7 @@ int64_t most_keys(const gqa_attention_params *p) {
 // Blocks of a shape that one SM holds: by shared memory (1 KB of each block is the system's) and by registers.
 int64_t resident_blocks(const AttentionShape &shape, const gqa_device &device) {
   const int64_t by_memory = (device.max_shared_memory + 1024) / (shape.shared_memory() + 1024);
-  return std::clamp<int64_t>(by_memory, 1, shape.groups > 1 ? 3 : 2);
+  return std::clamp<int64_t>(by_memory, 1, shape.resident());
 }
 
 void plan_splits(const gqa_attention_params *p, const gqa_device &device, AttentionPlan *plan) {
@@ -168,7 +169,8 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   const int64_t head_bytes = p->head_dim * dtype_size(p->dtype);
   const int64_t longest = is_ragged(p) ? std::min(p->seqlen_q, p->total_q) : p->seqlen_q;
   const int64_t keys = p->k_cache != nullptr ? p->cache_capacity : p->seqlen_k;
-  if (keys > kMaxKeys || query_tokens(p) * p->num_q_heads > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+  if (keys > kMaxKeys || query_tokens(p) * p->num_q_heads > kMaxRows) return GQA_STATUS_UNSUPPORTED;
+  if (p->page_size > INT32_MAX || p->num_pages > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
 
   const bool halves = p->dtype != GQA_DTYPE_FLOAT32;
   const bool few_rows = longest * group <= 16 && !(p->batch_invariant && is_ragged(p));

@@ -31,6 +31,8 @@ struct AttentionShape {
 
   constexpr int rows() const { return 16 * tiles * warps; }
   constexpr int threads() const { return 32 * warps * groups; }
+  // Blocks per SM that registers are rationed for.
+  constexpr int resident() const { return groups > 1 ? 3 : (threads() > 128 ? 1 : 2); }
   constexpr int block_bytes() const { return keys * dim * 2; }
   constexpr int ring_bytes() const { return stages * 2 * block_bytes(); }
   // The query tile, each row's range of keys, the rings.
@@ -41,7 +43,7 @@ struct AttentionShape {
 constexpr int kAttentionDims = 4;
 constexpr AttentionShape kAttentionShapes[2 * kAttentionDims] = {
     {64, 1, 1, 4, 32, 2}, {96, 1, 1, 4, 16, 3}, {128, 1, 1, 4, 16, 2}, {256, 1, 1, 2, 16, 2},
-    {64, 4, 2, 1, 64, 2}, {96, 4, 2, 1, 64, 2}, {128, 4, 2, 1, 64, 2}, {256, 4, 1, 1, 32, 2},
+    {64, 4, 2, 1, 64, 2}, {96, 8, 1, 1, 64, 2}, {128, 8, 1, 1, 64, 2}, {256, 4, 1, 1, 32, 2},
 };
 
 // Rows of a block of the float32 kernel, one warp each.

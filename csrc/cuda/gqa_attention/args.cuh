@@ -13,11 +13,12 @@ struct AttentionArgs {
   const void *k, *v;  // what keys are read from: the cache, or without one the new k, rotated, and v
   int64_t k_stride[3], v_stride[3];
   int32_t paged;
-  int32_t per_sequence;                                // stride[0] of k and v steps over sequences
-  int32_t aligned;                                     // every row of k and v starts at a multiple of 16 bytes
+  int32_t per_sequence;  // stride[0] of k and v steps over sequences
+  int32_t direct;        // rows start at multiples of 16 bytes, and at the same offsets in paged k and v
   int32_t row_blocks, num_splits, divisor, min_chunk;  // AttentionPlan's
   int32_t transforms;                                  // scores are not just scaled by a positive number
-  float multiplier;                                    // of scores, to units of log2; 1 with `transforms`
+  float multiplier;                                    // of scores, to log2 units; 1 with `transforms`
+  float before_tanh, after_tanh;                       // transforms: factors; without a softcap just the first
   int64_t rows;                                        // of the partial results: (token, head) pairs
   float *partial_out;                                  // [num_splits, rows, D], not divided by the sum
   float2 *partial_sum;                                 // [num_splits, rows] highest score in log2 units, sum of weights
@@ -27,12 +28,6 @@ struct AttentionArgs {
 constexpr float kNobody = -1.0f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
-
-// A score in log2 units, before the mask.
-__device__ __forceinline__ float transform_score(const gqa_attention_params &p, float dot) {
-  const float score = dot * p.softmax_scale;
-  return kLog2e * (p.softcap > 0 ? p.softcap * tanhf(score / p.softcap) : score);
-}
 
 struct BlockWork {
   int64_t b;
@@ -59,6 +54,7 @@ struct Queries {
   int rows;
   bool ragged;
 
+  Queries() = default;
   __device__ Queries(const gqa_attention_params &p, const BlockWork &work) {
     b = work.b;
     kv_head = work.kv_head;
@@ -78,24 +74,13 @@ struct Queries {
   __device__ int64_t offset(const int64_t *stride, int row) const {
     return (ragged ? 0 : b * stride[0]) + (sequence.q_start + query(row)) * stride[1] + head(row) * stride[2];
   }
+  __device__ int64_t lse(const gqa_attention_params &p, int row) const {
+    return ragged ? head(row) * p.total_q + sequence.q_start + query(row)
+                  : (b * p.num_q_heads + head(row)) * p.seqlen_q + query(row);
+  }
   // Row of the partial results: heads of a token side by side, tokens in order.
   __device__ int64_t flat(const gqa_attention_params &p, int row) const {
     return ((ragged ? 0 : b * p.seqlen_q) + sequence.q_start + query(row)) * p.num_q_heads + head(row);
-  }
-};
-
-// Where the flat row's output and lse lie.
-struct Output {
-  int64_t offset, lse;
-  int head;
-
-  __device__ Output(const gqa_attention_params &p, int64_t flat) {
-    const int64_t token = flat / p.num_q_heads;
-    head = static_cast<int>(flat % p.num_q_heads);
-    const bool ragged = p.cu_seqlens_q.data != nullptr;
-    const int64_t b = ragged ? 0 : token / p.seqlen_q, i = ragged ? token : token % p.seqlen_q;
-    offset = b * p.out_stride[0] + i * p.out_stride[1] + head * p.out_stride[2];
-    lse = ragged ? head * p.total_q + token : (b * p.num_q_heads + head) * p.seqlen_q + i;
   }
 };
 
@@ -128,20 +113,18 @@ __device__ void fill_rows(const AttentionArgs &a, const Queries &queries, const 
   const bool nobody = queries.b == a.p.batch;
   const float nan = __int_as_float(0x7fffffff);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  for (int64_t first = static_cast<int64_t>(work.row_block) * block_rows; first < queries.rows;
-       first += static_cast<int64_t>(a.row_blocks) * block_rows) {
-    for (int64_t row = first + warp; row < first + block_rows && row < queries.rows; row += warps) {
-      const int64_t flat = queries.flat(a.p, static_cast<int>(row));
+  for (int first = work.row_block * block_rows; first < queries.rows; first += a.row_blocks * block_rows) {
+    for (int row = first + warp; row < min(first + block_rows, queries.rows); row += warps) {
       if (a.num_splits > 1) {
         if (lane == 0) {
+          const int64_t flat = queries.flat(a.p, row);
           a.partial_sum[work.split * a.rows + flat] = nobody ? make_float2(-INFINITY, kNobody) : make_float2(nan, nan);
         }
         continue;
       }
-      const Output output(a.p, flat);
-      T *out = static_cast<T *>(a.p.out) + output.offset;
+      T *out = static_cast<T *>(a.p.out) + queries.offset(a.p.out_stride, row);
       for (int d = lane; d < a.p.head_dim; d += 32) out[d] = from_float<T>(nobody ? 0.0f : nan);
-      if (lane == 0 && a.p.lse != nullptr) a.p.lse[output.lse] = nobody ? -INFINITY : nan;
+      if (lane == 0 && a.p.lse != nullptr) a.p.lse[queries.lse(a.p, row)] = nobody ? -INFINITY : nan;
     }
   }
 }

@@ -33,9 +33,8 @@ __device__ __forceinline__ BlockRange find_range(const AttentionArgs &a, const Q
   r.row0 = work.row_block * block_rows;
   r.rows = min(block_rows, queries.rows - r.row0);
   // Ranges move to the right with the query.
-  const int64_t last_row = r.row0 + r.rows - 1;
   r.first = static_cast<int>(key_range(a.p, queries.sequence, queries.query(r.row0)).first);
-  r.last = static_cast<int>(key_range(a.p, queries.sequence, queries.query(static_cast<int>(last_row))).last);
+  r.last = static_cast<int>(key_range(a.p, queries.sequence, queries.query(r.row0 + r.rows - 1)).last);
   const int origin = static_cast<int>(queries.sequence.leftpad);
   const int start = origin + (r.first - origin) / kSplitUnit * kSplitUnit;
   const int keys = max(0, r.last - start);
@@ -82,55 +81,28 @@ __device__ void load_queries(const AttentionArgs &a, const Queries &queries, con
   }
 }
 
+// Writes what a row has once, its lse or its partial sums, and returns the factor of its outputs.
 template <typename T>
-__device__ __forceinline__ void store_pair(T *to, float x, float y) {
-  if (reinterpret_cast<uintptr_t>(to) % 4 == 0) {
-    *reinterpret_cast<uint32_t *>(to) = pack<T>(x, y);
-  } else {
-    to[0] = from_float<T>(x);
-    to[1] = from_float<T>(y);
+__device__ __forceinline__ float finish_row(const AttentionArgs &a, const Queries &queries, int split, int row,
+                                            float highest, float sum, bool leader) {
+  if (a.num_splits > 1) {
+    if (leader) a.partial_sum[split * a.rows + queries.flat(a.p, row)] = make_float2(highest, sum);
+    return 1.0f;
   }
+  const Finish finish = Finish::of<T>(a.p, queries.head(row), highest, sum);
+  if (leader && a.p.lse != nullptr) a.p.lse[queries.lse(a.p, row)] = finish.lse;
+  return finish.factor;
 }
 
-// Where the pairs of one row go: to out, finished, or to this split's partials.
-template <typename T>
-struct RowWriter {
-  T *out;
-  float *partial;
-  float factor;
-
-  // `leader`: the one thread that writes what a row has once.
-  __device__ RowWriter(const AttentionArgs &a, const Queries &queries, int split, int row, float highest, float sum,
-                       bool leader)
-      : out(nullptr), partial(nullptr), factor(1.0f) {
-    const int64_t flat = queries.flat(a.p, row);
-    if (a.num_splits > 1) {
-      partial = a.partial_out + (split * a.rows + flat) * a.p.head_dim;
-      if (leader) a.partial_sum[split * a.rows + flat] = make_float2(highest, sum);
-      return;
-    }
-    const Output output(a.p, flat);
-    const Finish finish = Finish::of<T>(a.p, output.head, highest, sum);
-    out = static_cast<T *>(a.p.out) + output.offset;
-    factor = finish.factor;
-    if (leader && a.p.lse != nullptr) a.p.lse[output.lse] = finish.lse;
-  }
-
-  __device__ void write(int column, float x, float y) const {
-    if (partial != nullptr) {
-      *reinterpret_cast<float2 *>(partial + column) = make_float2(x, y);
-    } else {
-      store_pair(out + column, x * factor, y * factor);
-    }
-  }
-};
-
-// Every warp has rows of its own.
+// Every warp has rows of its own. Finished ones pass through the warp's part of the query tile, to leave in full lines.
 template <typename T, int kIndex>
 __device__ void write_rows(const AttentionArgs &a, const Queries &queries, const BlockRange &range, int split,
-                           WarpTile<T, kIndex> &tile) {
+                           WarpTile<T, kIndex> &tile, unsigned char *memory) {
+  constexpr AttentionShape kShape = kAttentionShapes[kIndex];
+  constexpr int kColumns = kShape.dim / 8, kWarpRows = 16 * kShape.tiles;
+  __syncwarp();
 #pragma unroll
-  for (int t = 0; t < tile.kTiles; ++t) {
+  for (int t = 0; t < kShape.tiles; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = tile.sum[t][half];
@@ -138,13 +110,33 @@ __device__ void write_rows(const AttentionArgs &a, const Queries &queries, const
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int row = tile.row0 + 16 * t + 8 * half + tile.lane / 4;
       if (row >= range.rows) continue;
-      const RowWriter<T> writer(a, queries, split, range.row0 + row, tile.highest[t][half], sum, tile.lane % 4 == 0);
+      const float factor =
+          finish_row<T>(a, queries, split, range.row0 + row, tile.highest[t][half], sum, tile.lane % 4 == 0);
+      float *partial = nullptr;
+      if (a.num_splits > 1) {
+        partial = a.partial_out + (split * a.rows + queries.flat(a.p, range.row0 + row)) * a.p.head_dim;
+      }
 #pragma unroll
-      for (int n = 0; n < tile.kDim / 8; ++n) {
-        const int column = 8 * n + 2 * (tile.lane % 4);
-        if (column < a.p.head_dim) writer.write(column, tile.out[t][n][2 * half], tile.out[t][n][2 * half + 1]);
+      for (int n = 0; n < kColumns; ++n) {
+        const float x = tile.out[t][n][2 * half], y = tile.out[t][n][2 * half + 1];
+        const int pair = 2 * (tile.lane % 4);
+        if (partial == nullptr) {
+          *reinterpret_cast<uint32_t *>(memory + shared_offset<kShape.dim>(row, n) + 2 * pair) =
+              pack<T>(x * factor, y * factor);
+        } else if (8 * n < a.p.head_dim) {
+          *reinterpret_cast<float2 *>(partial + 8 * n + pair) = make_float2(x, y);
+        }
       }
     }
+  }
+  if (a.num_splits > 1) return;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = tile.lane; i < kWarpRows * kColumns; i += 32) {
+    const int row = tile.row0 + i / kColumns, column = i % kColumns;
+    if (row >= range.rows || 8 * column >= a.p.head_dim) continue;
+    T *out = static_cast<T *>(a.p.out) + queries.offset(a.p.out_stride, range.row0 + row);
+    copy_chunk(reinterpret_cast<const T *>(memory + shared_offset<kShape.dim>(row, column)), out + 8 * column);
   }
 }
 
@@ -188,23 +180,40 @@ __device__ void merge_groups(const AttentionArgs &a, const Queries &queries, con
       x += weight * pair.x;
       y += weight * pair.y;
     }
-    RowWriter<T>(a, queries, split, range.row0 + row, highest, sum, column == 0).write(column, x, y);
+    const float factor = finish_row<T>(a, queries, split, range.row0 + row, highest, sum, column == 0);
+    if (a.num_splits > 1) {
+      float *partial = a.partial_out + (split * a.rows + queries.flat(a.p, range.row0 + row)) * a.p.head_dim;
+      *reinterpret_cast<float2 *>(partial + column) = make_float2(x, y);
+    } else {
+      T *out = static_cast<T *>(a.p.out) + queries.offset(a.p.out_stride, range.row0 + row);
+      out[column] = from_float<T>(x * factor);
+      out[column + 1] = from_float<T>(y * factor);
+    }
   }
 }
 
 template <typename T, int kIndex>
-__global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttentionShapes[kIndex].groups > 1 ? 3 : 2)
+__global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttentionShapes[kIndex].resident())
     attend(const __grid_constant__ AttentionArgs a) {
   constexpr AttentionShape kShape = kAttentionShapes[kIndex];
   static_assert(kShape.groups == 1 || (kShape.warps == 1 && kShape.tiles == 1), "groups share one tile of 16 rows");
   static_assert(kSplitUnit % kShape.keys == 0, "splits are whole blocks of keys");
   static_assert(kShape.shared_memory() <= 99 * 1024, "the limit of sm_86 and sm_89");
   extern __shared__ __align__(128) unsigned char memory[];
+  // What only the end needs again waits in shared memory, not in registers.
+  __shared__ Queries kept_queries;
+  __shared__ BlockRange kept_range;
   const BlockWork work = find_work(a);
   const Queries queries(a.p, work);
   if (work.b == a.p.batch || !queries.sequence.valid) return fill_rows<T>(a, queries, work, kShape.rows());
   if (work.row_block * kShape.rows() >= queries.rows) return;
   const BlockRange range = find_range(a, queries, work, kShape.rows());
+  if (a.num_splits > 1 && range.begin >= range.end) {
+    for (int row = threadIdx.x; row < range.rows; row += kShape.threads()) {
+      finish_row<T>(a, queries, work.split, range.row0 + row, -INFINITY, 0.0f, true);
+    }
+    return;
+  }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kShape.warps, group = threadIdx.x / 32 / kShape.warps;
   int2 *ranges = reinterpret_cast<int2 *>(memory + kShape.rows() * kShape.dim * 2);
@@ -221,21 +230,21 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
     if (i < blocks) {
       const uint32_t to = ring + i % kShape.stages * (2 * kShape.block_bytes());
       loader.load(a, begin + i * kStep, to, to + kShape.block_bytes());
-      loader.find_page(a, queries.b, begin + (i + 1) * kStep);
+      loader.find_page(a, begin + (i + 1) * kStep);
     }
     commit_copies();
   };
 
-  loader.find_page(a, queries.b, begin);
+  loader.find_page(a, begin);
 #pragma unroll
   for (int i = 0; i < kShape.stages - 1; ++i) load(i);
   load_queries<T, kIndex>(a, queries, range, query_tile, ranges);
+  if (threadIdx.x == 0) kept_queries = queries, kept_range = range;
   __syncthreads();
 
   WarpTile<T, kIndex> tile(lane, warp * 16 * kShape.tiles, query_tile, ranges);
   tile.hold_queries();
   const bool has_rows = tile.row0 < range.rows;
-  const int2 top = ranges[tile.row0], bottom = ranges[tile.row0 + 16 * kShape.tiles - 1];
   for (int i = 0; i < blocks; ++i) {
     wait_copies<kShape.stages - 2>();
     // All of the group sees block i, and is done with block i - 1, whose place the next one takes.
@@ -246,16 +255,28 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
     }
     load(i + kShape.stages - 1);
     const int key = begin + i * kStep;
-    if (has_rows && key < bottom.y && key + kShape.keys > top.x) {
+    if (has_rows && tile.sees_any(key)) {
       const uint32_t at = ring + i % kShape.stages * (2 * kShape.block_bytes());
-      tile.attend(a, at, at + kShape.block_bytes(), key, key >= bottom.x && key + kShape.keys <= top.y);
+      tile.attend(a, at, at + kShape.block_bytes(), key, tile.sees_all(key));
+    }
+  }
+  if (__any_sync(0xffffffffu, tile.left_out != 0)) {
+    for (int i = 0; i < blocks; ++i) {
+      const int first = begin + i * kStep;
+      if (tile.sees_all(first)) continue;
+#pragma unroll 1
+      for (int key = first; key < first + kShape.keys; ++key) {
+#pragma unroll
+        for (int n = 0; n < kShape.dim / 8; ++n)
+          tile.add_left_out(key, n, loader.value_at(a, key, 8 * n + 2 * (lane % 4)));
+      }
     }
   }
 
   if constexpr (kShape.groups > 1) {
-    merge_groups<T, kIndex>(a, queries, range, work.split, tile, group, rings);
+    merge_groups<T, kIndex>(a, kept_queries, kept_range, find_work(a).split, tile, group, rings);
   } else {
-    write_rows<T, kIndex>(a, queries, range, work.split, tile);
+    write_rows<T, kIndex>(a, kept_queries, kept_range, find_work(a).split, tile, memory);
   }
 }
 

@@ -24,6 +24,7 @@ struct WarpTile {
   float out[kTiles][kDim / 8][4];
   float highest[kTiles][2];  // in log2 units
   float sum[kTiles][2];      // this thread's columns' share
+  uint32_t left_out = 0;     // not 0: values that add_left_out has to bring in
 
   __device__ WarpTile(int lane_, int row0_, uint32_t queries_, const int2 *ranges_)
       : lane(lane_), row0(row0_), queries(queries_), ranges(ranges_), down(lane_), across(lane_) {
@@ -44,27 +45,65 @@ struct WarpTile {
     }
   }
 
+  // Whether some row attends to some key, or every row to every key, of the block at `begin`: ranges move to the right
+  // with the row.
+  __device__ bool sees_any(int begin) const {
+    return begin < ranges[row0 + 16 * kTiles - 1].y && begin + kKeys > ranges[row0].x;
+  }
+  __device__ bool sees_all(int begin) const {
+    return begin >= ranges[row0 + 16 * kTiles - 1].x && begin + kKeys <= ranges[row0].y;
+  }
+
   // Takes in the keys and values of one block, whose first key is `begin`. `full`: every row attends to every key.
   __device__ void attend(const AttentionArgs &a, uint32_t k, uint32_t v, int begin, bool full) {
     Scores s;
     multiply_keys(s, k);
-    if (a.transforms) {
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) s[t][i / 4][i % 4] = transform_score(a.p, s[t][i / 4][i % 4]);
-      }
-    }
+    if (a.transforms) transform(a, s);
     if (!full) mask(s, begin);
     weigh(s, a.multiplier);
     if (full) {
       add_values<false>(s, v);
-    } else if (__any_sync(0xffffffffu, add_values<true>(s, v) != 0)) {
-      add_nonfinite(v, begin);
+    } else {
+      left_out |= add_values<true>(s, v);
+    }
+  }
+
+  __device__ int2 range_of(int t, int half) const { return ranges[row0 + 16 * t + 8 * half + lane / 4]; }
+
+  // Two values of key `key`, columns 8 n and up, that add_values left out: into the rows that attend to the key.
+  // Infinities and NaN are the same at any scale, so this can wait for the end.
+  __device__ void add_left_out(int key, int n, float2 values) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int2 range = range_of(t, half);
+        if (key < range.x || key >= range.y) continue;
+        if (!isfinite(values.x)) out[t][n][2 * half] += values.x;
+        if (!isfinite(values.y)) out[t][n][2 * half + 1] += values.y;
+      }
     }
   }
 
  private:
+  // tanh by one exponential: its absolute error of 1e-7 is far below the dtype's.
+  __device__ static void transform(const AttentionArgs &a, Scores &s) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) s[t][i / 4][i % 4] *= a.before_tanh;
+    }
+    if (!(a.p.softcap > 0)) return;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        float &x = s[t][i / 4][i % 4];
+        x = a.after_tanh * (1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * (2 * kLog2e))));
+      }
+    }
+  }
+
   __device__ void multiply_keys(Scores &s, uint32_t k) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
@@ -96,20 +135,18 @@ struct WarpTile {
     }
   }
 
-  __device__ int2 range_of(int t, int half) const { return ranges[row0 + 16 * t + 8 * half + lane / 4]; }
-
   __device__ void mask(Scores &s, int begin) const {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int2 range = range_of(t, half);
+        const int first = range.x - begin - 2 * (lane % 4), last = range.y - begin - 2 * (lane % 4);
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int key = begin + 8 * n + 2 * (lane % 4) + i;
-            if (key < range.x || key >= range.y) s[t][n][2 * half + i] = -INFINITY;
+            if (8 * n + i < first || 8 * n + i >= last) s[t][n][2 * half + i] = -INFINITY;
           }
         }
       }
@@ -191,30 +228,6 @@ struct WarpTile {
       }
     }
     return found;
-  }
-
-  // Infinities and NaN that add_values left out, into the rows that attend to their keys.
-  __device__ void add_nonfinite(uint32_t v, int begin) {
-#pragma unroll 1
-    for (int key = 0; key < kKeys; ++key) {
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-        uint32_t pair;
-        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(v + shared_offset<kDim>(key, n) + 4 * (lane % 4)));
-        const uint32_t bad = nonfinite<T>(pair);
-        const float2 value = unpack<T>(pair & bad);
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int2 range = range_of(t, half);
-            const bool attended = begin + key >= range.x && begin + key < range.y;
-            out[t][n][2 * half] += attended ? value.x : 0.0f;
-            out[t][n][2 * half + 1] += attended ? value.y : 0.0f;
-          }
-        }
-      }
-    }
   }
 };
 
