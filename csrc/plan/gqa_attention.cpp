@@ -55,6 +55,7 @@ gqa_status check_cache(const gqa_attention_params *p) {
     return p->block_table.data == nullptr ? GQA_STATUS_OK : GQA_STATUS_INVALID_ARGUMENT;
   }
   if (p->cache_seqlens.data == nullptr) return GQA_STATUS_NULL_POINTER;
+  if (p->cu_seqlens_k.data != nullptr && !is_ragged(p)) return GQA_STATUS_INVALID_ARGUMENT;
   if (p->cache_capacity < 0 || p->num_pages < 0) return GQA_STATUS_INVALID_ARGUMENT;
   return p->block_table.data == nullptr || p->page_size >= 1 ? GQA_STATUS_OK : GQA_STATUS_INVALID_ARGUMENT;
 }
@@ -71,7 +72,7 @@ gqa_status check_params(const gqa_attention_params *p) {
     if (!is_index(*index)) return GQA_STATUS_UNSUPPORTED;
   }
   if (is_empty(p)) return GQA_STATUS_OK;
-  if (p->q == nullptr || p->out == nullptr) return GQA_STATUS_NULL_POINTER;
+  if (query_tokens(p) > 0 && (p->q == nullptr || p->out == nullptr)) return GQA_STATUS_NULL_POINTER;
   if ((p->k == nullptr) != (p->v == nullptr)) return GQA_STATUS_NULL_POINTER;
   if (p->k == nullptr && p->k_cache == nullptr && key_tokens(p) > 0) return GQA_STATUS_NULL_POINTER;
   GQA_RETURN_IF_ERROR(check_cache(p));
@@ -80,7 +81,10 @@ gqa_status check_params(const gqa_attention_params *p) {
 
 }  // namespace
 
-bool is_empty(const gqa_attention_params *p) { return query_tokens(p) == 0; }
+bool is_empty(const gqa_attention_params *p) {
+  const bool appends = p->k != nullptr && p->k_cache != nullptr;
+  return query_tokens(p) == 0 && !(appends && key_tokens(p) > 0);
+}
 
 int64_t cpu_query_blocks(const gqa_attention_params *p) {
   const int64_t longest = is_ragged(p) ? std::min(p->seqlen_q, p->total_q) : p->seqlen_q;

@@ -9,7 +9,7 @@ namespace gqa {
 gqa_status check_attention_prefill(const gqa_attention_params *p);
 gqa_status check_attention_decode(const gqa_attention_params *p);
 
-// True where the op has nothing to compute: no query rows.
+// True where the op has nothing to do: no query rows, and no rows to append to the cache.
 bool is_empty(const gqa_attention_params *p);
 
 // Query tokens in one row of the CPU twin. Row r is block r % blocks of KV head r / blocks % Hkv of sequence
