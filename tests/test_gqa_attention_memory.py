@@ -135,7 +135,7 @@ def test_p6_bad_page(guard: Guard, dtype: torch.dtype, op: str, column: int) -> 
     for page in (-1, cache.k.shape[0], INT_MAX, INT_MIN):
         cache = build_cache(case, guard, page_size=16, capacity=64)
         assert cache.block_table is not None
-        table = cache.block_table.cpu()
+        table = cache.block_table.cpu().clone()
         table[1, column] = page
         if column == 2:
             result = run_with_bad_row(case, guard, cache, decode=CACHED[op], block_table=guard.place(table))
@@ -153,7 +153,7 @@ def test_p6_bad_page_that_nobody_sees(guard: Guard, dtype: torch.dtype, op: str)
         cache = build_cache(case, guard, page_size=16)
         assert cache.block_table is not None
         expected = run_cached(case, guard, cache, decode=CACHED[op])
-        table = cache.block_table.cpu()
+        table = cache.block_table.cpu().clone()
         table[1, :2] = torch.tensor([INT_MAX, -1])
         assert_same(run_cached(case, guard, cache, decode=CACHED[op], block_table=guard.place(table)), expected)
 

@@ -166,6 +166,7 @@ def run_cached(
 ) -> Result:
     """Prefill or decode over a cache. New keys, if the case has any, are appended and the cache is compared."""
     given = arguments(case, guard, cache, ragged=ragged, gathered=gathered)
+    assert case.causal or not decode or len(case.q[0]) == 1
     if not decode:
         given["causal"] = case.causal
     before = (cache.k.clone(), cache.v.clone())
