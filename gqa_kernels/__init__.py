@@ -1,5 +1,7 @@
 """The kernels of a Llama-family decoder as torch custom ops, on CPU and CUDA."""
 
+from typing import TYPE_CHECKING, Any
+
 from gqa_kernels.explain import Explanation, explain
 from gqa_kernels.launch_log import record_launches
 from gqa_kernels.residual import residual_add
@@ -8,12 +10,17 @@ from gqa_kernels.rope import rope, rope_, rope_tables
 from gqa_kernels.sampling import sample
 from gqa_kernels.swiglu import swiglu, swiglu_ffn
 
+if TYPE_CHECKING:
+    from gqa_kernels.hf import patch, patched, unpatch
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
     "add_rmsnorm",
     "explain",
+    "patch",
+    "patched",
     "record_launches",
     "residual_add",
     "rmsnorm",
@@ -23,4 +30,14 @@ __all__ = [
     "sample",
     "swiglu",
     "swiglu_ffn",
+    "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """patch and its kin import transformers, so they are loaded when first asked for."""
+    if name in ("patch", "patched", "unpatch"):
+        from gqa_kernels import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
