@@ -144,7 +144,7 @@ def build_libraries(module: Path) -> None:
     ninja.rule("link_module", f"{cxx} -shared -o $out $in $flags")
 
     # Arithmetic defined to the bit, the same everywhere: no contraction into FMA.
-    exact = dict.fromkeys(["rope.cpp", "sample.cpp"], "-ffp-contract=off")
+    exact = dict.fromkeys(["rope.cpp", "rotary.cpp", "sample.cpp"], "-ffp-contract=off")
     objects = ninja.compile("cxx", sources("common", ".cpp") + sources("plan", ".cpp"))
     objects += ninja.compile("cxx", sources("cpu", ".cpp"), exact)
     if nvcc:

@@ -2,13 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
+from gqa_kernels.attention import (
+    gqa_attention_decode,
+    gqa_attention_decode_workspace_size,
+    gqa_attention_prefill,
+    gqa_attention_prefill_workspace_size,
+    kv_cache_append,
+    merge_attention_states,
+)
 from gqa_kernels.explain import Explanation, explain
+from gqa_kernels.kv_cache import KVCache, PagedKVCache, attention_with_kv_cache
 from gqa_kernels.launch_log import record_launches
 from gqa_kernels.residual import residual_add
 from gqa_kernels.rmsnorm import add_rmsnorm, rmsnorm
 from gqa_kernels.rope import rope, rope_, rope_tables
 from gqa_kernels.sampling import sample
 from gqa_kernels.swiglu import swiglu, swiglu_ffn
+from gqa_kernels.validation import validation
 
 if TYPE_CHECKING:
     from gqa_kernels.hf import patch, patched, unpatch
@@ -17,8 +27,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "KVCache",
+    "PagedKVCache",
     "add_rmsnorm",
+    "attention_with_kv_cache",
     "explain",
+    "gqa_attention_decode",
+    "gqa_attention_decode_workspace_size",
+    "gqa_attention_prefill",
+    "gqa_attention_prefill_workspace_size",
+    "kv_cache_append",
+    "merge_attention_states",
     "patch",
     "patched",
     "record_launches",
@@ -31,6 +50,7 @@ __all__ = [
     "swiglu",
     "swiglu_ffn",
     "unpatch",
+    "validation",
 ]
 
 

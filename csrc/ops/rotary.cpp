@@ -21,11 +21,11 @@ gqa_index as_index(const char *op, const char *name, const Tensor &index, int64_
 Rotary as_rotary(const char *op, const Tensor &q, int64_t batch, int64_t seqlen, const Tensor &cos, const Tensor &sin,
                  const std::optional<Tensor> &positions, bool interleaved, const RotaryNames &names) {
   check_rank(op, names.cos, cos, {2, 3}, "a table [positions, R/2] or gathered [batch or 1, tokens, R/2]");
-  check_weight_dtype(op, names.cos, cos, "q", q);
-  check_same_device(op, names.cos, cos, "q", q);
+  check_weight_dtype(op, names.cos, cos, names.like, q);
+  check_same_device(op, names.cos, cos, names.like, q);
   check_same_shape(op, names.sin, sin, names.cos, cos);
   check_same_dtype(op, names.sin, sin, names.cos, cos);
-  check_same_device(op, names.sin, sin, "q", q);
+  check_same_device(op, names.sin, sin, names.like, q);
 
   const int64_t width = cos.size(cos.dim() - 1), head_dim = q.size(q.dim() - 1);
   if (width < 1 || 2 * width > head_dim) {
@@ -40,7 +40,7 @@ Rotary as_rotary(const char *op, const Tensor &q, int64_t batch, int64_t seqlen,
       fail(op, std::string(names.positions) + " must be None where " + names.cos +
                    " is gathered [batch or 1, tokens, R/2], got shape " + shape_string(*positions));
     }
-  } else if (!positions.has_value() && cos.size(0) < seqlen) {
+  } else if (names.from_zero && !positions.has_value() && cos.size(0) < seqlen) {
     fail(op, std::string(names.cos) + " must have at least one row for each of the " + std::to_string(seqlen) +
                  " tokens where " + names.positions + " is None, got shape " + shape_string(cos));
   }
@@ -62,7 +62,7 @@ Rotary as_rotary(const char *op, const Tensor &q, int64_t batch, int64_t seqlen,
   p.num_positions = gathered ? 0 : cos.size(0);
   p.stride_batch = gathered && cos.size(0) != 1 ? rotary.cos.stride(0) : 0;
   p.stride_row = rotary.cos.stride(cos.dim() - 2);
-  if (positions.has_value()) p.positions = as_index(op, names.positions, *positions, batch, seqlen, "q", q);
+  if (positions.has_value()) p.positions = as_index(op, names.positions, *positions, batch, seqlen, names.like, q);
   return rotary;
 }
 

@@ -7,9 +7,10 @@
 
 namespace gqa::ops {
 
-// What the op calls them.
+// What the op calls them, the tensor they rotate, and whether tokens without positions count from 0.
 struct RotaryNames {
-  const char *cos = "cos", *sin = "sin", *positions = "position_ids";
+  const char *cos = "cos", *sin = "sin", *positions = "position_ids", *like = "q";
+  bool from_zero = true;
 };
 
 struct Rotary {
