@@ -1,4 +1,4 @@
-"""KV caches that own their tensors and lengths: one block per row (KVCache) or shared pages (PagedKVCache).
+"""A KV cache that owns its tensors and lengths, and attention that makes and grows one by itself.
 
 Lengths live on the device and the ops read them there. Beside them the host keeps, for each row, bounds that the
 length cannot leave: they refuse an overflow before anything is written, without asking the device.
@@ -6,9 +6,7 @@ length cannot leave: they refuse an overflow before anything is written, without
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,10 +15,15 @@ from torch import Tensor
 
 from gqa_kernels.attention import gqa_attention_decode, gqa_attention_prefill, kv_cache_append
 
-MAX_DECODE_QUERIES = 16
+MAX_DECODE_QUERIES = 16  # the most that gqa_attention_decode takes
 
 
-class _Cache(ABC):
+def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Small host data as int64 on the device, without waiting for it."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
+class BaseCache(ABC):
     """Lengths, their bounds, and what both caches do in the same way."""
 
     _k: Tensor  # [num_layers, ...]
@@ -46,7 +49,9 @@ class _Cache(ABC):
         self._highest = [0] * batch
         self.lengths: Tensor  #: int32 [batch] on the device, what the ops take as ``cache_seqlens``
 
-    def _own(self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any, num_q_heads: int | None) -> None:
+    def _allocate(
+        self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any, num_q_heads: int | None
+    ) -> None:
         if num_q_heads is not None and (num_q_heads < 1 or num_q_heads % self.num_kv_heads):
             raise RuntimeError(
                 f"{type(self).__name__}: num_q_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "
@@ -77,7 +82,7 @@ class _Cache(ABC):
         return self._k[layer], self._v[layer]
 
     @abstractmethod
-    def where(self) -> dict[str, Tensor]:
+    def where(self) -> dict[str, Any]:
         """The keywords that tell an op where the rows lie: ``cache_seqlens``, and ``block_table`` where paged."""
 
     @abstractmethod
@@ -138,7 +143,7 @@ class _Cache(ABC):
         if len(chosen) == self.batch:
             self.lengths.zero_()
         else:
-            self.lengths[to_device(chosen, self.device)] = 0
+            self.lengths.index_fill_(0, to_device(chosen, self.device), 0)
         for row in chosen:
             self._lowest[row] = self._highest[row] = 0
 
@@ -187,7 +192,7 @@ class _Cache(ABC):
         )
 
 
-class KVCache(_Cache):
+class KVCache(BaseCache):
     """A cache of ``capacity`` rows for each sequence: ``[batch, capacity, num_kv_heads, head_dim]`` per layer.
 
     Args:
@@ -211,9 +216,9 @@ class KVCache(_Cache):
         num_q_heads: int | None = None,
     ) -> None:
         super().__init__(batch, num_layers, capacity, num_kv_heads, head_dim)
-        self._own((num_layers, batch, capacity, num_kv_heads, head_dim), dtype, device, num_q_heads)
+        self._allocate((num_layers, batch, capacity, num_kv_heads, head_dim), dtype, device, num_q_heads)
 
-    def where(self) -> dict[str, Tensor]:
+    def where(self) -> dict[str, Any]:
         return {"cache_seqlens": self.lengths}
 
     def reserve(self, tokens: int) -> None:
@@ -257,173 +262,6 @@ class KVCache(_Cache):
         return self.bytes_allocated // (self.batch * self.capacity) * sum(self._highest)
 
 
-class _PagePool:
-    """Which pages are free, and how many rows hold each of the others."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.holders = [0] * num_pages
-        self.free = list(range(num_pages - 1, -1, -1))
-
-    def take(self) -> int:
-        page = self.free.pop()
-        self.holders[page] = 1
-        return page
-
-    def share(self, page: int) -> None:
-        self.holders[page] += 1
-
-    def drop(self, page: int) -> None:
-        self.holders[page] -= 1
-        if self.holders[page] == 0:
-            self.free.append(page)
-
-
-def _drop_all(pool: _PagePool, tables: list[list[int]]) -> None:
-    for table in tables:
-        for page in table:
-            pool.drop(page)
-        table.clear()
-
-
-class PagedKVCache(_Cache):
-    """A cache whose rows are lists of pages ``[page_size, num_kv_heads, head_dim]`` out of one pool.
-
-    Rows take pages as they grow and give them back when cropped, reset or gone. ``fork`` shares pages; a shared page
-    is copied when one of its holders is about to write to it.
-
-    Args:
-        batch, num_layers, capacity, num_kv_heads, head_dim, dtype, device, num_q_heads: as in :class:`KVCache`;
-            capacity is rounded up to whole pages.
-        page_size: tokens to a page.
-        num_pages: pages in the pool; None holds every row at full capacity.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        num_layers: int,
-        capacity: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        page_size: int = 16,
-        num_pages: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: Any = None,
-        num_q_heads: int | None = None,
-    ) -> None:
-        for name, value in {"page_size": page_size, "num_pages": num_pages}.items():
-            if value is not None and value < 1:
-                raise RuntimeError(f"PagedKVCache: {name} must be at least 1, got {value}")
-        pages_per_row = -(-capacity // page_size)
-        super().__init__(batch, num_layers, pages_per_row * page_size, num_kv_heads, head_dim)
-        self.page_size = page_size
-        self.num_pages = num_pages if num_pages is not None else batch * pages_per_row
-        self._own((num_layers, self.num_pages, page_size, num_kv_heads, head_dim), dtype, device, num_q_heads)
-        self._hold(_PagePool(self.num_pages), [[] for _ in range(batch)])
-        #: int32 [batch, pages per row] on the device; -1 where a row has no page
-        self.block_table = torch.full((batch, pages_per_row), -1, dtype=torch.int32, device=self.device)
-
-    def _hold(self, pool: _PagePool, tables: list[list[int]]) -> None:
-        self._pool, self._tables = pool, tables
-        weakref.finalize(self, _drop_all, pool, tables)
-
-    @property
-    def num_free_pages(self) -> int:
-        return len(self._pool.free)
-
-    def where(self) -> dict[str, Tensor]:
-        return {"cache_seqlens": self.lengths, "block_table": self.block_table}
-
-    def reserve(self, tokens: int) -> None:
-        self._check_room("append", tokens)
-        if tokens == 0:
-            return
-        copies, new = self._wanted(tokens)
-        if len(copies) + len(new) > len(self._pool.free):
-            raise RuntimeError(
-                f"PagedKVCache.append: tokens must need at most {self.num_free_pages} more pages (num_pages "
-                f"{self.num_pages}), got {tokens} tokens a row that need {len(copies) + len(new)}"
-            )
-        sources, targets = [], []
-        for row, column in copies:
-            sources.append(self._tables[row][column])
-            targets.append(self._pool.take())
-            self._pool.drop(sources[-1])
-            self._tables[row][column] = targets[-1]
-        if copies:
-            source, target = to_device(sources, self.device), to_device(targets, self.device)
-            self._k[:, target] = self._k[:, source]
-            self._v[:, target] = self._v[:, source]
-        for row, _ in new:
-            self._tables[row].append(self._pool.take())
-        self._write_table([(row, column, self._tables[row][column]) for row, column in copies + new])
-
-    def _wanted(self, tokens: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(row, column) of the pages to copy because others hold them too, and of those to add."""
-        copies, new, left = [], [], Counter[int]()
-        for row, table in enumerate(self._tables):
-            for column in range(self._lowest[row] // self.page_size, len(table)):
-                page = table[column]
-                if self._pool.holders[page] - left[page] > 1:
-                    copies.append((row, column))
-                    left[page] += 1
-            needed = -(-(self._highest[row] + tokens) // self.page_size)
-            new += [(row, column) for column in range(len(table), needed)]
-        return copies, new
-
-    def crop(self, length: int | Tensor) -> None:
-        super().crop(length)
-        self._give_back(range(self.batch))
-
-    def reset(self, rows: Iterable[int] | None = None) -> None:
-        chosen = self._rows(rows)
-        super().reset(chosen)
-        self._give_back(chosen)
-
-    def _give_back(self, rows: Iterable[int]) -> None:
-        """Drops the pages that no token of these rows can lie on."""
-        gone = []
-        for row in rows:
-            table, kept = self._tables[row], -(-self._highest[row] // self.page_size)
-            gone += [(row, column, -1) for column in range(kept, len(table))]
-            for page in table[kept:]:
-                self._pool.drop(page)
-            del table[kept:]
-        self._write_table(gone)
-
-    def _write_table(self, entries: list[tuple[int, int, int]]) -> None:
-        if entries:
-            rows, columns, pages = to_device(entries, self.device).unbind(-1)
-            self.block_table[rows, columns] = pages.to(torch.int32)
-
-    def fork(self, rows: Sequence[int] | None = None) -> PagedKVCache:
-        """A new cache on the same pool whose row i shares the pages of row ``rows[i]`` (default: of every row)."""
-        chosen = self._rows(rows)
-        other = PagedKVCache.__new__(PagedKVCache)
-        other.__dict__.update(self.__dict__)
-        other.batch = len(chosen)
-        other._lowest = [self._lowest[row] for row in chosen]
-        other._highest = [self._highest[row] for row in chosen]
-        other._hold(self._pool, [list(self._tables[row]) for row in chosen])
-        for table in other._tables:
-            for page in table:
-                self._pool.share(page)
-        index = to_device(chosen, self.device)
-        other.lengths, other.block_table = self.lengths[index], self.block_table[index]
-        return other
-
-    @property
-    def bytes_used(self) -> int:
-        """Bytes of the pages this cache holds, those it shares with itself counted once."""
-        return self.bytes_allocated // self.num_pages * len({page for table in self._tables for page in table})
-
-
-def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
-    """Small host data as int64 on the device, without waiting for it."""
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
-
 def attention_with_kv_cache(
     q: Tensor, k: Tensor, v: Tensor, past_key_value: KVCache | None = None, update_cache: bool = True
 ) -> tuple[Tensor, KVCache | None]:
@@ -452,7 +290,8 @@ def attention_with_kv_cache(
     batch, tokens, num_kv_heads, head_dim = key.shape
     cache = past_key_value
     if cache is None and not update_cache:
-        return gqa_attention_prefill(query, key, value).transpose(1, 2), None
+        alone: Any = gqa_attention_prefill(query, key, value)
+        return alone.transpose(1, 2), None
     if cache is None:
         cache = KVCache(
             batch,
@@ -467,7 +306,7 @@ def attention_with_kv_cache(
     needed = cache.length_bound + tokens
     if needed > cache.capacity:
         cache.grow(max(needed, 2 * cache.capacity))
-    out = cache.attend(0, query, key, value)
+    out: Tensor = cache.attend(0, query, key, value)
     if update_cache:
         cache.advance(tokens)
     return out.transpose(1, 2), cache

@@ -121,15 +121,16 @@ def state_of(cache: Any) -> CacheState:
     return state
 
 
-def unservable(cache: Any) -> str | None:
-    """Why the kernels cannot write into this cache, or None."""
+def unservable(cache: Any, index: int | None = None) -> str | None:
+    """Why the kernels cannot write into this cache, or into one layer of it; None where they can."""
     if not isinstance(cache, Cache) or type(cache).update is not Cache.update:
         return f"the cache is a {type(cache).__name__}, which keeps its keys in its own way"
     if cache.offloading:
         return "the cache is offloaded to the CPU"
-    if not cache.layers and cache.layer_class_to_replicate not in (DynamicLayer, GrowingLayer):
+    layers = cache.layers if index is None else cache.layers[index : index + 1]
+    if not layers and cache.layer_class_to_replicate not in (DynamicLayer, GrowingLayer):
         return "the cache makes layers of an unknown class"
-    for layer in cache.layers:
+    for layer in layers:
         if type(layer) not in (DynamicLayer, GrowingLayer, StaticLayer):
             return f"the cache has a {type(layer).__name__}"
     return None

@@ -17,9 +17,10 @@ from gqa_kernels._library import C
 from gqa_kernels.hf.cache import count_append, layer_for_append, length_of, unservable
 from gqa_kernels.hf.masks import is_bounds, leftpad_of, make_bounds, original_mask
 from gqa_kernels.hf.report import PatchReport
+from gqa_kernels.kv_cache import MAX_DECODE_QUERIES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_DECODE_QUERIES = 16
+
 #: Keywords that would change what attention computes.
 UNSERVED_KEYWORDS = ("position_bias", "s_aux", "softcap", "sliding_window", "cu_seq_lens_q", "cache")
 
@@ -167,7 +168,7 @@ def _attention_unserved(
         if kwargs.get(name) is not None:
             return f"{name} is given"
     # The cache comes before the mask: with a cache the kernels cannot use, the mask is left to transformers.
-    reason = unservable(past) if past is not None else None
+    reason = unservable(past, module.layer_idx) if past is not None else None
     if reason is not None:
         return reason
     if not is_bounds(mask):
@@ -192,12 +193,10 @@ def _projections_unserved(
     return None
 
 
-def _attention(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, position_embeddings: Any, bounds: Any, past: Any
-) -> Tensor:
+def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, position_embeddings: Any, bounds: Any, past: Any) -> Any:
     cos, sin = position_embeddings
     half = cos.shape[-1] // 2  # transformers repeats the angles for the second half of a head
-    options = {
+    options: dict[str, Any] = {
         "cache_leftpad": leftpad_of(bounds),
         "rotary_cos": cos[..., :half],
         "rotary_sin": sin[..., :half],
@@ -209,7 +208,7 @@ def _attention(
     layer, keys, values = layer_for_append(past, module.layer_idx, k.transpose(1, 2), v.transpose(1, 2))
     options["cache_seqlens"] = length_of(past, layer, q.device)
     k_cache, v_cache = keys.transpose(1, 2), values.transpose(1, 2)
-    if tokens <= MAX_DECODE_QUERIES:
+    if 1 <= tokens <= MAX_DECODE_QUERIES:
         out = gqa_kernels.gqa_attention_decode(q, k_cache, v_cache, k, v, **options)
     else:
         out = gqa_kernels.gqa_attention_prefill(q, k, v, k_cache, v_cache, **options)
