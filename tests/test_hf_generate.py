@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.llama import LAYERS, assert_same_model, attention_calls, make_llama, make_prompt, positions_of
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, StaticCache
 
 import gqa_kernels
 
@@ -170,34 +170,21 @@ def test_longrope_width_and_bias(device: str) -> None:
     assert_served(assert_same_model(model, lambda model: model(**inputs).logits))
 
 
-def test_p17_compiled_decode(device: str) -> None:
-    """fullgraph, over a static cache: generate() compiles its steps so on a GPU."""
+def test_p17_compiled_steps(device: str) -> None:
+    """generate() compiles the steps over a static cache: one graph, no break, no recompilation, the same tokens."""
     model, inputs = make_llama(device), make_prompt(device, [9, 5])
-    tokens = generate(model, inputs, max_new_tokens=12)
-    with gqa_kernels.patched(model), torch.no_grad():
-        torch._dynamo.reset()
-        steps = {}
-        for name, forward in {
-            "eager": model.forward,
-            "compiled": torch.compile(model.forward, fullgraph=True, backend="aot_eager"),
-        }.items():
-            past = StaticCache(model.config, max_cache_len=32)
-            model(**inputs, past_key_values=past)
-            steps[name] = []
-            for step in range(9, 14):
-                mask = model.create_masks_for_generate(
-                    config=model.config,
-                    inputs_embeds=torch.empty(2, 1, 0, device=device),
-                    attention_mask=torch.cat([inputs["attention_mask"], tokens.new_ones(2, step - 8)], dim=1),
-                    past_key_values=past,
-                )
-                positions = torch.full((2, 1), step, device=device)
-                out = forward(
-                    tokens[:, step : step + 1], attention_mask=mask, position_ids=positions, past_key_values=past
-                )
-                steps[name].append(out.logits)
-    for eager, compiled in zip(steps["eager"], steps["compiled"]):
-        assert torch.equal(eager.argmax(-1), compiled.argmax(-1))
+    expected = generate(model, inputs)
+    compilation = CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
+    compilation._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with gqa_kernels.patched(model):
+        actual = generate(
+            model, inputs, cache_implementation="static", compile_config=compilation, disable_compile=False
+        )
+    assert torch.equal(actual, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_static_cache_compiles_itself(gpu: str) -> None:
