@@ -59,14 +59,14 @@ def limit_us(case: Case, settings: Settings, most_copies: int) -> float:
 def measure(case: Case, settings: Settings) -> list[Row]:
     """Checks, then times every contestant. A peer that refuses the shape is left out; a wrong result raises."""
     with torch.no_grad():
-        first = case.make()
+        untouched = case.make()  # for the checks: an op in place changes what it is timed on
         copies = settings.copies(case.traffic, case.most_copies)
-        inputs = [first] + [case.make() for _ in range(copies - 1)]
+        inputs = [case.make() for _ in range(copies)]
         limit = limit_us(case, settings, case.most_copies)
         rows = []
         for contestant in case.contestants:
             with contestant.context():
-                row = _measure(case, contestant, inputs, limit, settings)
+                row = _measure(case, contestant, untouched, inputs, limit, settings)
             if row is not None:
                 rows.append(row)
         if case.cold_too and settings.copies(case.traffic, 4096) > copies:
@@ -81,16 +81,18 @@ def measure(case: Case, settings: Settings) -> list[Row]:
     return rows
 
 
-def _measure(case: Case, contestant: Contestant, inputs: list[Inputs], limit: float, settings: Settings) -> Row | None:
+def _measure(
+    case: Case, contestant: Contestant, untouched: Inputs, inputs: list[Inputs], limit: float, settings: Settings
+) -> Row | None:
     try:
-        result = contestant.call(clone(inputs[0]))
+        result = contestant.call(clone(untouched))
     except Exception as error:
         if contestant.name == OURS:
             raise
         case.skipped[contestant.name] = str(error).strip().splitlines()[0][:120]
         return None
     try:
-        case.check(inputs[0], result)
+        case.check(untouched, result)
     except AssertionError as error:
         raise AssertionError(f"{case.name}: {contestant.name} is wrong: {error}") from error
     del result

@@ -15,12 +15,12 @@ try:
 except ImportError:
     triton = None
 
-MARK = 0x5EED1E5
+MARK = 0x5EED1E5  # hardly ever in the data
 
 if triton is not None:
 
     @triton.jit
-    def _read_kernel(data, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _read_kernel(data, out, count, BLOCK: tl.constexpr, MARK: tl.constexpr):  # type: ignore[no-untyped-def]
         """Loads every element; a store that practically never happens keeps the loads alive."""
         lane = tl.arange(0, BLOCK)
         at = tl.program_id(0).to(tl.int64) * BLOCK + lane
@@ -48,7 +48,7 @@ def read_us(size: int, settings: Settings, most_copies: int = 1024) -> float:
 
     def read(block: int) -> float:
         def run(data: Tensor) -> None:
-            _read_kernel[(-(-count // block),)](data, out, count, BLOCK=block, num_warps=4)
+            _read_kernel[(-(-count // block),)](data, out, count, BLOCK=block, MARK=MARK, num_warps=4)
 
         return kernel_us(run, buffers, settings)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks import shapes
 from benchmarks.__main__ import CASES, parse
@@ -21,6 +20,7 @@ from benchmarks.check import assert_close, attention_rows, some_rows
 from benchmarks.report import Goal, Row, table
 from benchmarks.timing import Settings
 
+ROOT = Path(__file__).parent.parent
 CPU = Settings("cpu", seconds=0.001)
 
 

