@@ -72,7 +72,7 @@ def measure(model: Model, settings: Settings) -> Iterator[Row]:
     dtype = torch.bfloat16 if settings.cuda else torch.float32
     with torch.no_grad():
         exact = build(model, settings, torch.float32)
-        ids = torch.randint(0, model.vocab, (1, model.prompt), device=settings.device)
+        ids = torch.randint(1, model.vocab, (1, model.prompt), device=settings.device)  # 0 pads
         reference = exact(ids).logits[:, -1].float()
         built = exact.to(dtype)
         baseline = built(ids).logits[:, -1].float()

@@ -32,7 +32,8 @@ def test_quick_run_writes_table_and_json(tmp_path: Path) -> None:
         found = json.loads((tmp_path / f"cpu-{group}-quick.json").read_text())
         assert found["torch"] == torch.__version__ and "--quick" in found["command"] and found["date"]
         ours = [row for row in found["rows"] if row["impl"] == OURS]
-        assert ours and all(row["call_us"] > 0 and row["vs_best_peer"] > 0 for row in ours)
+        assert ours and all(row["call_us"] > 0 for row in ours)
+        assert all(row["vs_best_peer"] > 0 for row in ours if row["op"] != "rope_")  # which has no peer on the CPU
         assert all(f"{row['op']} {row['shape']}" in done.stdout for row in ours)
     assert "vs best peer" in done.stdout
 

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def compiler() -> str:
     return found
 
 
+@cache
 def flags(option: str) -> list[str]:
     command = [sys.executable, "-m", "gqa_kernels", option]
     return shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

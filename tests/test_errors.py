@@ -97,6 +97,10 @@ def rows(op: str, *table: tuple[Arguments, str, str, str]) -> list[Misuse]:
 
 HALF = torch.float16
 PAGED = {"k_cache": zeros(6, PAGE, HKV, D), "v_cache": zeros(6, PAGE, HKV, D), "block_table": ints(B, 3)}
+NO_PAGE = PAGED | {"k_cache": zeros(6, 0, HKV, D), "v_cache": zeros(6, 0, HKV, D)}
+RAGGED = {"q": zeros(6, HQ, D), "k": zeros(6, HKV, D), "v": zeros(6, HKV, D)}
+LONGER = {"k": zeros(B, S + 1, HKV, D), "v": zeros(B, S + 1, HKV, D)}
+OFFSETS = {"cu_seqlens_q": ints(3), "cu_seqlens_k": ints(3)}
 NO_NEW = {"k": None, "v": None}
 NO_GRAD = "requires_grad=True"
 TABLES = {"rotary_cos": zeros(CAPACITY, D // 2), "rotary_sin": zeros(CAPACITY, D // 2)}
@@ -147,15 +151,31 @@ def cache_rows(op: str) -> list[Misuse]:
     """What every op with a cache refuses alike."""
     return rows(
         op,
-        ({"k": zeros(B, S, HKV, D), "v": zeros(B, S, HKV, 8)}, "v", "", "[2, 3, 2, 8]"),
-        ({"v": zeros(B, S, HKV, D, dtype=HALF)}, "v", "float32", "float16"),
-        ({"k": zeros(B, S, 1, D), "v": zeros(B, S, 1, D)}, "k", "", "[2, 3, 1, 16]"),
+        ({"v": zeros(B, S, HKV, 8)}, "v", "the shape of k [2, 3, 2, 16]", "[2, 3, 2, 8]"),
+        ({"v": zeros(B, S, HKV, D, dtype=HALF)}, "v", "have the dtype of", "float16"),
+        (
+            {"k": zeros(B, S, 1, D), "v": zeros(B, S, 1, D)},
+            "k",
+            "[batch, seqlen, num_kv_heads, head_dim]",
+            "[2, 3, 1, 16]",
+        ),
         ({"k_cache": zeros(B, CAPACITY, D)}, "k_cache", "[batch, capacity, num_kv_heads, head_dim]", "[2, 12, 16]"),
-        ({"v_cache": zeros(B, CAPACITY + 1, HKV, D)}, "v_cache", "", "[2, 13, 2, 16]"),
-        ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=HALF)}, "k_cache", "float32", "float16"),
-        ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=torch.int8)}, "k_cache", "float32", "int8"),
+        ({"v_cache": zeros(B, CAPACITY + 1, HKV, D)}, "v_cache", "the shape of k_cache", "[2, 13, 2, 16]"),
+        ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=HALF)}, "k_cache", "have the dtype of", "float16"),
+        ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=torch.int8)}, "k_cache", "have the dtype of", "int8"),
         ({"k_cache": zeros(B, CAPACITY, HKV, 2 * D)[..., ::2]}, "k_cache", "stride 1", "stride 2"),
-        ({"k_cache": zeros(3, CAPACITY, HKV, D), "v_cache": zeros(3, CAPACITY, HKV, D)}, "k_cache", "2", "[3, 12"),
+        (
+            {"k_cache": zeros(3, CAPACITY, HKV, D), "v_cache": zeros(3, CAPACITY, HKV, D)},
+            "k_cache",
+            "= [2, any, any, 16]",
+            "[3, 12, 2, 16]",
+        ),
+        (
+            {"k_cache": zeros(1, CAPACITY, HKV, D).expand(B, CAPACITY, HKV, D)},
+            "k_cache",
+            "not overlap itself",
+            "k_cache",
+        ),
         ({"cache_seqlens": ints(3)}, "cache_seqlens", "[batch] = [2]", "[3]"),
         ({"cache_seqlens": zeros(B)}, "cache_seqlens", "int32 or int64", "float32"),
         ({"cache_leftpad": ints(B + 1)}, "cache_leftpad", "[batch] = [2]", "[3]"),
@@ -163,12 +183,14 @@ def cache_rows(op: str) -> list[Misuse]:
         (PAGED | {"block_table": ints(3)}, "block_table", "[batch, max_pages]", "[3]"),
         (PAGED | {"block_table": ints(3, 3)}, "block_table", "[batch, max_pages]", "[3, 3]"),
         (PAGED | {"block_table": zeros(B, 3)}, "block_table", "int32 or int64", "float32"),
-        ({"rotary_cos": TABLES["rotary_cos"]}, "rotary_sin", "", "None"),
+        (NO_PAGE, "k_cache", "a page size of at least 1", "[6, 0, 2, 16]"),
+        ({"rotary_cos": TABLES["rotary_cos"]}, "rotary_sin", "together with rotary_cos", "None"),
+        ({"rotary_positions": ints(B, S)}, "rotary_positions", "None without rotary_cos", "a value"),
         (TABLES | {"rotary_sin": zeros(3, D // 2)}, "rotary_sin", "rotary_cos", "[3, 8]"),
         ({"rotary_cos": zeros(12, D), "rotary_sin": zeros(12, D)}, "rotary_cos", "1 to 8", "[12, 16]"),
         (TABLES | {"rotary_positions": ints(B, S + 1)}, "rotary_positions", "[2, 3]", "[2, 4]"),
-        ({"k_scale": zeros(1)}, "k_scale", "None", ""),
-        ({"v_scale": zeros(1)}, "v_scale", "None", ""),
+        ({"k_scale": zeros(1)}, "k_scale", "None (quantised caches", "a value"),
+        ({"v_scale": zeros(1)}, "v_scale", "None (quantised caches", "a value"),
         ({"k": grad(B, S, HKV, D)}, "k", "not require grad", NO_GRAD),
     )
 
@@ -178,24 +200,27 @@ def attention_rows(op: str) -> list[Misuse]:
     three = {"q": zeros(B, S, 3, D)}
     return rows(
         op,
-        (three, "q", "a multiple of", "3"),
-        ({"q": zeros(B, HQ, D)}, "q", "[batch, seqlen", "[2, 4, 16]"),
+        (three, "q", "a multiple of num_kv_heads = 2", "3"),
+        ({"q": zeros(B, HQ, D)}, "q", "[batch, seqlen, num_q_heads, head_dim]", "[2, 4, 16]"),
         ({"q": zeros(B, S, HQ, D, dtype=torch.float64)}, "q", "float32, float16 or bfloat16", "float64"),
-        ({"v": None}, "v", "", "None"),
-        ({"window_size": (-2, 0)}, "window_size", "-1", "-2"),
-        ({"softcap": -1.0}, "softcap", "0", "-1"),
-        ({"num_splits": -1}, "num_splits", "0", "-1"),
+        ({"v": None}, "v", "together with k", "None"),
+        ({"window_size": (-2, 0)}, "window_size", "-1 (unlimited) or more", "(-2, 0)"),
+        ({"softmax_scale": float("inf")}, "softmax_scale", "finite", "inf"),
+        ({"workspace": zeros(4)}, "workspace", "uint8", "float32"),
+        ({"softcap": -1.0}, "softcap", "0 (none) or more", "-1"),
+        ({"num_splits": -1}, "num_splits", "0 (chosen) or more", "-1"),
         ({"sinks": zeros(3)}, "sinks", "[num_q_heads] = [4]", "[3]"),
         ({"sinks": zeros(HQ, dtype=HALF)}, "sinks", "float32 or have the dtype of q", "float16"),
         ({"q": grad(B, S, HQ, D)}, "q", "not require grad", NO_GRAD),
         (head_dim(op, 12), "q", "a multiple of 8", "12"),
-        (head_dim(op, 264), "q", "256", "264"),
+        (head_dim(op, 264), "q", "up to 256", "264"),
     )
 
 
 def head_dim(op: str, dim: int) -> Arguments:
-    caches = {name: zeros(B, CAPACITY, HKV, dim) for name in VALID[op]() if name.endswith("_cache")}
-    return {"q": zeros(B, S, HQ, dim), "k": zeros(B, S, HKV, dim), "v": zeros(B, S, HKV, dim)} | caches
+    found = {"q": zeros(B, S, HQ, dim), "k": zeros(B, S, HKV, dim), "v": zeros(B, S, HKV, dim)}
+    found |= {name: zeros(B, CAPACITY, HKV, dim) for name in ("k_cache", "v_cache")}
+    return {name: value for name, value in found.items() if name in VALID[op]()}
 
 
 TABLE = [
@@ -230,27 +255,55 @@ TABLE = [
         ({"q": zeros(1, 1, HQ, D).expand(B, S, HQ, D)}, "q", "in place", "[2, 3, 4, 16]"),
     ),
     *cache_rows("kv_cache_append"),
+    *rows(
+        "kv_cache_append",
+        (head_dim("kv_cache_append", 12), "k", "a multiple of 8", "12"),
+        ({"k": zeros(B, S, HKV, D, dtype=torch.float64)}, "k", "float32, float16 or bfloat16", "float64"),
+        ({"k": zeros(S, HKV, D)}, "k", "[batch, seqlen, num_kv_heads, head_dim]", "[3, 2, 16]"),
+        ({n: zeros(B, 13, HKV, D) for n in ("k", "v")}, "k", "as the cache has rows (12)", "13"),
+    ),
     *cache_rows("gqa_attention_decode"),
     *attention_rows("gqa_attention_decode"),
     *rows(
         "gqa_attention_decode",
-        (NO_NEW | {"q": zeros(B, 17, HQ, D)}, "q", "16", "17"),
-        ({"q": zeros(B, S + 1, HQ, D)}, "k", "4", "[2, 3, 2, 16]"),
+        (NO_NEW | {"q": zeros(B, 17, HQ, D)}, "q", "1 to 16 query tokens", "17"),
+        (NO_NEW | {"q": zeros(B, 0, HQ, D)}, "q", "1 to 16 query tokens", "0"),
+        ({"q": zeros(B, S + 1, HQ, D)}, "k", "= [2, 4, 2, 16]", "[2, 3, 2, 16]"),
     ),
     *attention_rows("gqa_attention_prefill"),
     *rows(
         "gqa_attention_prefill",
-        (NO_NEW, "k", "", "None"),
-        ({"k_cache": zeros(B, CAPACITY, HKV, D)}, "v_cache", "", "None"),
-        ({n: zeros(B, CAPACITY, HKV, D) for n in ("k_cache", "v_cache")}, "cache_seqlens", "", "None"),
-        ({"block_table": ints(B, 3)}, "block_table", "None", ""),
-        ({"cache_seqlens": ints(B)}, "cache_seqlens", "None", ""),
-        ({"cu_seqlens_q": ints(3)}, "q", "", "[2, 3, 4, 16]"),
-        ({"k": zeros(3, S, HKV, D), "v": zeros(3, S, HKV, D)}, "k", "", "[3, 3, 2, 16]"),
+        (NO_NEW, "k", "given where there is no k_cache", "None"),
+        ({"k_cache": zeros(B, CAPACITY, HKV, D)}, "v_cache", "together with k_cache", "None"),
+        (
+            {n: zeros(B, CAPACITY, HKV, D) for n in ("k_cache", "v_cache")},
+            "cache_seqlens",
+            "together with k_cache",
+            "None",
+        ),
+        ({"block_table": ints(B, 3)}, "block_table", "None without a k_cache", "a value"),
+        ({"cache_seqlens": ints(B)}, "cache_seqlens", "None without a k_cache", "a value"),
+        ({"cu_seqlens_q": ints(3)}, "q", "[tokens, num_q_heads, head_dim] with cu_seqlens_q", "[2, 3, 4, 16]"),
+        (RAGGED | {"cu_seqlens_q": ints(3)}, "cu_seqlens_k", "together with cu_seqlens_q", "None"),
+        (RAGGED | OFFSETS | {"cu_seqlens_q": zeros(3)}, "cu_seqlens_q", "int32 or int64", "float32"),
+        (RAGGED | OFFSETS | {"cu_seqlens_q": ints(0)}, "cu_seqlens_q", "at least one offset", "[0]"),
+        (RAGGED | OFFSETS | {"cu_seqlens_k": ints(4)}, "cu_seqlens_k", "[batch + 1] = [3]", "[4]"),
+        (RAGGED | OFFSETS | {"max_seqlen_q": -1}, "max_seqlen_q", "0 or more", "-1"),
+        (RAGGED | OFFSETS | {"k": zeros(B, S, HKV, D)}, "k", "[tokens, num_kv_heads, head_dim]", "[2, 3, 2, 16]"),
+        ({"cu_seqlens_k": ints(3)}, "cu_seqlens_k", "None without cu_seqlens_q", "a value"),
+        ({"max_seqlen_k": 7}, "max_seqlen_k", "None without cu_seqlens_q", "a value"),
+        (TABLES | {"rotary_positions": ints(B, S), **LONGER}, "k", "as long as q (3 tokens)", "4 tokens"),
+        (
+            {"k": zeros(3, S, HKV, D), "v": zeros(3, S, HKV, D)},
+            "k",
+            "[batch, seqlen, num_kv_heads, head_dim]",
+            "[3, 3, 2, 16]",
+        ),
     ),
     *rows(
         "merge_attention_states",
         ({"outs": zeros(B, S, HQ, D)}, "outs", "[parts, batch, seqlen, num_heads, head_dim]", "[2, 3, 4, 16]"),
+        ({"outs": zeros(0, B, S, HQ, D), "lses": zeros(0, B, HQ, S)}, "outs", "one part or more", "[0, 2, 3, 4, 16]"),
         ({"outs": ints(3, B, S, HQ, D)}, "outs", "float32, float16 or bfloat16", "int32"),
         ({"lses": zeros(3, B, S, HQ)}, "lses", "= [3, 2, 4, 3]", "[3, 2, 3, 4]"),
         ({"lses": zeros(3, B, HQ, S, dtype=HALF)}, "lses", "float32", "float16"),
