@@ -9,8 +9,11 @@
 
 #include "cuda/common/kv_cache_append.cuh"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/mma.cuh"
 #include "cuda/common/reduce.cuh"
-#include "cuda/gqa_attention/attend.cuh"
+#include "cuda/common/rotary.cuh"
+#include "cuda/gqa_attention/args.cuh"
+#include "plan/gqa_attention.h"
 
 namespace gqa::cuda {
 namespace {

@@ -24,6 +24,11 @@ struct AttentionArgs {
   float2 *partial_sum;                                 // [num_splits, rows] highest score in log2 units, sum of weights
 };
 
+// The kernel of kAttentionShapes[kIndex]; defined in one file per dtype and width.
+using AttendKernel = void (*)(AttentionArgs);
+template <typename T, int kIndex>
+AttendKernel attend_kernel();
+
 // Sums are >= 0 or NaN; this one marks a row that belongs to no sequence.
 constexpr float kNobody = -1.0f;
 constexpr float kLog2e = 1.44269504088896341f;

@@ -13,12 +13,6 @@
 
 namespace gqa::cuda {
 
-using AttendKernel = void (*)(AttentionArgs);
-
-// Instances live in one file per dtype and width.
-template <typename T, int kIndex>
-AttendKernel attend_kernel();
-
 // This block's rows and the keys they attend to. Keys [first, last) are attended to by some row; the block of the grid
 // takes [begin, end) of them, where begin may lie up to 63 keys before first.
 struct BlockRange {

@@ -3,13 +3,15 @@
 
 #include "cuda/gqa_attention/attend.cuh"
 
-#define GQA_ATTEND_INSTANCE(T, width)                                \
-  template <>                                                        \
-  gqa::cuda::AttendKernel gqa::cuda::attend_kernel<T, width>() {     \
-    return attend<T, width>;                                         \
-  }                                                                  \
-  template <>                                                        \
-  gqa::cuda::AttendKernel gqa::cuda::attend_kernel<T, 4 + width>() { \
-    return attend<T, 4 + width>;                                     \
-  }                                                                  \
-  static_assert(gqa::kAttentionDims == 4)
+namespace gqa::cuda {
+
+template <typename T, int kIndex>
+AttendKernel attend_kernel() {
+  return attend<T, kIndex>;
+}
+
+}  // namespace gqa::cuda
+
+#define GQA_ATTEND_INSTANCE(T, width)                                    \
+  template gqa::cuda::AttendKernel gqa::cuda::attend_kernel<T, width>(); \
+  template gqa::cuda::AttendKernel gqa::cuda::attend_kernel<T, gqa::kAttentionDims + width>()
