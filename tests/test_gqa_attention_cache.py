@@ -65,15 +65,17 @@ def test_p1_prefixes_about_powers_of_two(guard: Guard, dtype: torch.dtype, page_
 def test_p12_page_placement_does_not_matter(
     guard: Guard, dtype: torch.dtype, decode: bool, heads: tuple[int, int]
 ) -> None:
-    """Any page size, any order, any pool: the bytes of the contiguous cache."""
+    """Any page size, any order, any pool: the bytes of a contiguous cache of that capacity."""
     case = make_case([(3, cached, 3) for cached in (0, 15, 61, 64, 300)], dtype=dtype, heads=heads)
-    expected = run_cached(case, guard, build_cache(case, guard), decode=decode)
+    expected = run_cached(case, guard, build_cache(case, guard, capacity=512), decode=decode)
     case.check(expected)
+    pools: list[dict[str, Any]] = [
+        {"spare_pages": 0, "shuffle": False},
+        {"spare_pages": 9, "index_dtype": torch.int64, "fill": math.nan},
+    ]
     for page_size in (*PAGE_SIZES, 7):
-        for spare, shuffle, kind in ((0, False, torch.int32), (9, True, torch.int64)):
-            cache = build_cache(
-                case, guard, page_size=page_size, spare_pages=spare, shuffle=shuffle, index_dtype=kind, fill=math.nan
-            )
+        for pool in pools:
+            cache = build_cache(case, guard, page_size=page_size, capacity=512, **pool)
             assert_same(run_cached(case, guard, cache, decode=decode), expected, f"page size {page_size}")
 
 
@@ -156,6 +158,49 @@ def test_ragged_prefill_equals_dense(guard: Guard, dtype: torch.dtype, page_size
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_p1_num_splits(guard: Guard, dtype: torch.dtype, ragged: bool) -> None:
+    """Any number of parts, more than there are keys too, stays within the bound; sinks are counted once."""
+    for queries, heads in ((1, (8, 2)), (9, (14, 2))):
+        lengths = [(queries, cached, queries) for cached in (0, 3, 130, 777)]
+        case = make_case(lengths, dtype=dtype, heads=heads, sinks=torch.randn(heads[0]) + 2)
+        for num_splits in (1, 2, 3, 8, 32):
+            cache = build_cache(case, guard, page_size=16, fill=math.nan)
+            result = run_cached(case, guard, cache, ragged=ragged, num_splits=num_splits)
+            case.check(result, f"{num_splits} splits")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_p15_batch_invariant(guard: Guard, dtype: torch.dtype, ragged: bool) -> None:
+    """A sequence's bytes do not depend on its neighbours, their order or number, or the capacity of the cache."""
+    lengths = [
+        (q if ragged else 12, cached, q if ragged else 12) for q, cached in ((3, 700), (40, 0), (1, 129), (17, 64))
+    ]
+    case = make_case(lengths, dtype=dtype, heads=(8, 2), rotary=make_rotary(64, 1024))
+
+    def run(order: list[int], capacity: int) -> list[Result]:
+        part = case.pick(order)
+        cache = build_cache(part, guard, page_size=16, capacity=capacity)
+        out, lse = run_cached(part, guard, cache, ragged=ragged, batch_invariant=True)
+        sizes = [len(q) for q in part.q]
+        return list(zip(out.split(sizes), lse.split(sizes, 1)))
+
+    together = run([0, 1, 2, 3], 720)
+    case.check((torch.cat([out for out, _ in together]), torch.cat([lse for _, lse in together], 1)))
+    for order, capacity in (
+        ([3, 2, 1, 0], 720),
+        ([1] * 30 + [0], 2000),
+        ([0], 720),
+        ([1], 720),
+        ([2], 720),
+        ([3], 720),
+    ):
+        for b, result in zip(order, run(order, capacity)):
+            assert_same(result, together[b], f"sequence {b} of {order}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_one_length_for_all(guard: Guard, dtype: torch.dtype) -> None:
     case = make_case([(20, 37, 20)] * 2, dtype=dtype)
     expected = run_cached(case, guard, build_cache(case, guard))
@@ -199,17 +244,17 @@ def test_p9_empty(guard: Guard, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_p9_ragged_rows_past_the_last_sequence(guard: Guard, dtype: torch.dtype) -> None:
-    """A batch padded to a fixed number of tokens: the padding is zero and appends nothing."""
+    """P15: a batch padded to a fixed number of tokens: the padding is zero, appends nothing, changes nothing."""
     case = make_case([(6, 10, 6), (1, 3, 1)], dtype=dtype, rotary=make_rotary(64))
-    expected = run_cached(case, guard, build_cache(case, guard), ragged=True)
+    clean = build_cache(case, guard)
+    expected = run_cached(case, guard, clean, ragged=True, batch_invariant=True)
     assert case.rotary is not None
     poison = torch.full((4, 4, 64), math.nan, dtype=dtype)
     starts = case.cached
     q = guard.place(torch.cat([*case.q, poison]))
     k = guard.place(torch.cat([*(k[n:] for k, n in zip(case.k, starts)), poison[:, :2]]))
     v = guard.place(torch.cat([*(v[n:] for v, n in zip(case.v, starts)), poison[:, :2]]))
-    cache, clean = build_cache(case, guard), build_cache(case, guard)
-    run_cached(case, guard, clean, ragged=True)
+    cache = build_cache(case, guard)
     out, lse = gqa_attention_prefill(
         q,
         k,
@@ -221,6 +266,7 @@ def test_p9_ragged_rows_past_the_last_sequence(guard: Guard, dtype: torch.dtype)
         rotary_cos=guard.place(case.rotary.cos),
         rotary_sin=guard.place(case.rotary.sin),
         return_lse=True,
+        batch_invariant=True,
     )
     assert_same((out[:7], lse[:, :7]), expected)
     assert not bool(out[7:].any()) and bool((lse[:, 7:] == -math.inf).all())

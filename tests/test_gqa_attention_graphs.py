@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import resource
 from typing import Any
 
@@ -15,11 +14,21 @@ from support.guard import Guard, same_bytes
 from torch import Tensor
 
 import gqa_kernels
-from gqa_kernels import gqa_attention_decode, gqa_attention_prefill, kv_cache_append
+from gqa_kernels import (
+    gqa_attention_decode,
+    gqa_attention_decode_workspace_size,
+    gqa_attention_prefill,
+    gqa_attention_prefill_workspace_size,
+    kv_cache_append,
+)
 
 FUNCTIONS: dict[str, Any] = {
     "gqa_attention_decode": gqa_attention_decode,
     "gqa_attention_prefill": gqa_attention_prefill,
+}
+SIZES: dict[str, Any] = {
+    "gqa_attention_decode": gqa_attention_decode_workspace_size,
+    "gqa_attention_prefill": gqa_attention_prefill_workspace_size,
 }
 CALLS = [("gqa_attention_decode", call) for call in DECODE_CALLS]
 CALLS += [("gqa_attention_prefill", call) for call in PREFILL_CALLS]
@@ -134,17 +143,6 @@ def test_p6_bad_metadata_in_a_replay(gpu: str) -> None:
         assert same_bytes(out, good) and same_bytes(lse, good_lse), "a later replay is not healthy"
 
 
-def workspace_size(op: str, keywords: dict[str, Any]) -> int:
-    """Bytes needed, from the sentence that refuses none."""
-    try:
-        FUNCTIONS[op](**keywords, workspace=torch.empty(0, dtype=torch.uint8, device=keywords["q"].device))
-    except RuntimeError as error:
-        found = re.search(r"workspace must be at least (\d+) bytes, got 0", str(error))
-        assert found, str(error)
-        return int(found[1])
-    return 0
-
-
 @every_call
 def test_p5_exact_workspace(gpu: str, op: str, call: dict[str, Any]) -> None:
     given = owned_call(op, call, gpu).keywords
@@ -153,7 +151,7 @@ def test_p5_exact_workspace(gpu: str, op: str, call: dict[str, Any]) -> None:
 
 def assert_exact_workspace(op: str, given: dict[str, Any]) -> int:
     """As many bytes as asked for are enough, whatever they hold; one byte less is refused."""
-    size = workspace_size(op, given)
+    size = SIZES[op](**given)
     expected = [part.clone() for part in flat(FUNCTIONS[op](**given))]
     for payload in (0, 0xFF, 0x7F):
         buffer = torch.full((256 + size + 256,), payload, dtype=torch.uint8, device=given["q"].device)
@@ -196,6 +194,24 @@ def test_p25_memory_is_flat(gpu: str) -> None:
     after = usage()
     assert after[:2] == before[:2], "device memory grew"
     assert after[2] - before[2] < 4096, "host memory grew by more than 4 MiB"
+
+
+def test_p14_repeatable_beside_traffic(gpu: str) -> None:
+    """A thousand runs while another stream keeps the memory busy: the same bytes."""
+    given = decode_buffers(gpu, batch=8)
+    given["cache_seqlens"].copy_(torch.randint(1, 1000, (8,)))
+    out, lse = (part.clone() for part in gqa_attention_decode(**given))
+    chunks = torch.zeros(2, 1 << 27, dtype=torch.uint8, device=gpu)
+    stream = torch.cuda.Stream()
+    differs = torch.zeros((), dtype=torch.bool, device=gpu)
+    torch.cuda.synchronize()
+    for _ in range(1000):
+        with torch.cuda.stream(stream):
+            chunks[0].copy_(chunks[1])
+        other, other_lse = gqa_attention_decode(**given)
+        differs |= (other.view(torch.int16) != out.view(torch.int16)).any()
+        differs |= (other_lse.view(torch.int32) != lse.view(torch.int32)).any()
+    assert not bool(differs)
 
 
 def test_p24_side_stream(gpu: str) -> None:

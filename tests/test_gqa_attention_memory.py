@@ -79,6 +79,36 @@ def test_p2_ragged_neighbours(guard: Guard, dtype: torch.dtype) -> None:
                 assert same_bytes(out[rows], clean[0][rows]) and same_bytes(lse[:, rows], clean[1][:, rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", CACHED)
+@pytest.mark.parametrize("page_size", [None, 1, 16])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_p3_writes_only_the_new_rows(
+    guard: Guard, dtype: torch.dtype, op: str, page_size: int | None, heads_first: bool
+) -> None:
+    """Of the cache nothing but the new rows, exactly; nothing around it, no input, and nothing where nothing is new."""
+    for new in (5, 0):
+        case = make_case([(5, cached, new) for cached in (0, 15, 16, 63)], dtype=dtype, head_dim=40)
+        cache = build_cache(case, guard, page_size=page_size, fill=math.nan, heads_first=heads_first)
+        run_cached(case, guard, cache, decode=CACHED[op])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", CACHED)
+@pytest.mark.parametrize("payload", [0.0, math.nan, 3.0])
+def test_p4_every_output_byte_is_written(guard: Guard, dtype: torch.dtype, op: str, payload: float) -> None:
+    """What the memory of the outputs held before does not show."""
+    case = make_case([(3, cached, 0) for cached in (0, 40, 130)], dtype=dtype)
+    cache = build_cache(case, guard)
+    expected = run_cached(case, guard, cache, decode=CACHED[op])
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    shapes = ((3, 3, 4, 64), dtype), ((3, 4, 3), torch.float32)
+    for _ in range(3):
+        stale = [torch.full(shape, payload, dtype=kind, device=guard.device) for shape, kind in shapes]
+        del stale
+        assert_same(run_cached(case, guard, cache, decode=CACHED[op]), expected)
+
+
 def bad_lengths(capacity: int) -> list[int]:
     return [-1, capacity - 1, capacity + 1, INT_MAX, INT_MIN]
 

@@ -144,14 +144,16 @@ def test_p9_empty_ragged(guard: Guard, dtype: torch.dtype) -> None:
 def test_p9_rows_past_the_last_sequence(guard: Guard, dtype: torch.dtype) -> None:
     """Rows that belong to no sequence, as in a batch padded to a fixed size, are zero; their keys are never read."""
     case = make_case([(6, 0, 6), (0, 0, 0), (9, 0, 9)], dtype=dtype)
-    expected, expected_lse = run_prefill(case, guard, ragged=True)
+    expected, expected_lse = run_prefill(case, guard, ragged=True, batch_invariant=True)
     poison = torch.full((5, 4, 64), float("nan"), dtype=dtype)
     q = guard.place(torch.cat([*case.q, poison]))
     k, v = (guard.place(torch.cat([*part, poison[:, :2]])) for part in (case.k, case.v))
     offsets = guard.ints(lengths_to_offsets([6, 0, 9]))
     for bound in (None, 9, 100):
-        limits = {} if bound is None else {"max_seqlen_q": bound, "max_seqlen_k": bound}
-        out, lse = gqa_attention_prefill(q, k, v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, return_lse=True, **limits)
+        keywords: dict[str, Any] = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "batch_invariant": True}
+        if bound is not None:
+            keywords |= {"max_seqlen_q": bound, "max_seqlen_k": bound}
+        out, lse = gqa_attention_prefill(q, k, v, return_lse=True, **keywords)
         assert same_bytes(out[:15], expected) and same_bytes(lse[:, :15], expected_lse)
         assert not bool(out[15:].any()) and bool((lse[:, 15:] == -math.inf).all())
 

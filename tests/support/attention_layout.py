@@ -51,7 +51,8 @@ def build_cache(
     """``fill`` goes wherever no key is: past the end, in front of leftpad, in spare pages. Entries of the block table
     past a sequence's pages are INT_MAX and INT_MIN."""
     needed = max((len(k) for k in case.k), default=0)
-    capacity = needed + 3 if capacity is None else capacity
+    # Whole pages of 16, so that a paged cache has the capacity of a contiguous one: splits depend on it.
+    capacity = -(-(needed + 3) // 16) * 16 if capacity is None else capacity
     heads, dim = case.heads[1], case.head_dim
     writable = any(case.new)
     table: Tensor | None = None
@@ -100,7 +101,7 @@ def options(case: Case, guard: Guard, *, dense: bool, gathered: bool = False) ->
         return out
     out["rotary_interleaved"] = case.rotary.interleaved
     rows = [token_positions(case, b, len(q)) for b, q in enumerate(case.q)]
-    index = torch.tensor(rows if dense else [row for sequence in rows for row in sequence])
+    index = torch.tensor(rows if dense else [row for sequence in rows for row in sequence], dtype=torch.int64)
     if gathered:
         index = index if dense else index[None]
         out["rotary_cos"], out["rotary_sin"] = guard.place(case.rotary.cos[index]), guard.place(case.rotary.sin[index])
