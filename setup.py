@@ -139,8 +139,8 @@ def build_libraries(module: Path) -> None:
         depfile=True,
     )
     exports = ROOT / "csrc/exports.map"
-    link = f"{cxx} -shared -Wl,--version-script={exports} -Wl,-soname,libgqa_kernels.so -o $out $in $flags"
-    ninja.rule("link_library", link)
+    link = f"{cxx} -shared -Wl,--no-undefined -Wl,--version-script={exports} -Wl,-soname,libgqa_kernels.so"
+    ninja.rule("link_library", f"{link} -o $out $in $flags")
     ninja.rule("link_module", f"{cxx} -shared -o $out $in $flags")
 
     # Arithmetic defined to the bit, the same everywhere: no contraction into FMA.
