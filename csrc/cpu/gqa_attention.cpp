@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int kQueries = 32;
 constexpr int kKeys = 64;
-constexpr int kStrip = 16;  // keys side by side in a transposed strip
+constexpr int kLanes = 16;  // independent sums, for vector units
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -32,7 +32,7 @@ struct Query {
 struct Scratch {
   alignas(64) float q[kQueries * kMaxHeadDim];
   alignas(64) float out[kQueries * kMaxHeadDim];  // unnormalised
-  alignas(64) float k[kKeys * kMaxHeadDim];       // strips of [D, 16 keys]
+  alignas(64) float k[kKeys * kMaxHeadDim];       // [D, key]
   alignas(64) float v[kKeys * kMaxHeadDim];       // [key, D]; holds the keys before they are transposed
   alignas(64) float scores[kQueries * kKeys];
   Query queries[kQueries];
@@ -121,35 +121,36 @@ GQA_INLINE void load_rows(const Work &w, int64_t base, int64_t first, int64_t la
   }
 }
 
-GQA_INLINE void transpose(const float *rows, float *strips, int64_t head_dim) {
-  for (int strip = 0; strip < kKeys / kStrip; ++strip) {
-    const float *from = rows + strip * kStrip * head_dim;
-    float *to = strips + strip * kStrip * head_dim;
+// [key, D] to [D, key], in strips of 16 keys that a compiler can hold in registers.
+GQA_INLINE void transpose(const float *rows, float *columns, int64_t head_dim) {
+  for (int strip = 0; strip < kKeys; strip += kLanes) {
+    const float *from = rows + strip * head_dim;
     for (int64_t d = 0; d < head_dim; ++d) {
-      for (int j = 0; j < kStrip; ++j) to[d * kStrip + j] = from[j * head_dim + d];
+      for (int j = 0; j < kLanes; ++j) columns[d * kKeys + strip + j] = from[j * head_dim + d];
     }
   }
 }
 
-// q . k for the 16 keys of a strip. Four chains of sums, added in a fixed order.
-GQA_INLINE void dot_strip(const float *q, const float *strip, int64_t head_dim, float *scores) {
-  constexpr int kChains = 4;
-  float sum[kChains][kStrip] = {};
-  for (int64_t d = 0; d < head_dim; d += kChains) {
-    for (int c = 0; c < kChains; ++c) {
-      for (int j = 0; j < kStrip; ++j) sum[c][j] += q[d + c] * strip[(d + c) * kStrip + j];
+// q . k for all keys of the block side by side, eight dimensions at a time.
+GQA_INLINE void dot_keys(const float *q, const float *columns, int64_t head_dim, float *__restrict scores) {
+  std::fill(scores, scores + kKeys, 0.0f);
+  for (int64_t d = 0; d < head_dim; d += 8, q += 8) {
+    const float *k = columns + d * kKeys;
+    const float q0 = q[0], q1 = q[1], q2 = q[2], q3 = q[3], q4 = q[4], q5 = q[5], q6 = q[6], q7 = q[7];
+    for (int j = 0; j < kKeys; ++j) {
+      const float low = (q0 * k[j] + q1 * k[j + kKeys]) + (q2 * k[j + 2 * kKeys] + q3 * k[j + 3 * kKeys]);
+      const float high =
+          (q4 * k[j + 4 * kKeys] + q5 * k[j + 5 * kKeys]) + (q6 * k[j + 6 * kKeys] + q7 * k[j + 7 * kKeys]);
+      scores[j] += low + high;
     }
   }
-  for (int j = 0; j < kStrip; ++j) scores[j] = (sum[0][j] + sum[1][j]) + (sum[2][j] + sum[3][j]);
 }
 
 // Scores of the query's keys [first, last) of the block; -inf elsewhere, so that masked keys weigh exactly nothing.
-GQA_INLINE void score_keys(const gqa_attention_params &p, const float *q, const float *k, int64_t first, int64_t last,
-                           float *scores) {
-  for (int64_t strip = first / kStrip; strip * kStrip < last; ++strip) {
-    dot_strip(q, k + strip * kStrip * p.head_dim, p.head_dim, scores + strip * kStrip);
-  }
-  for (int64_t j = first; j < last; ++j) scores[j] *= p.softmax_scale;
+GQA_INLINE void score_keys(const gqa_attention_params &p, const float *q, const float *columns, int64_t first,
+                           int64_t last, float *scores) {
+  dot_keys(q, columns, p.head_dim, scores);
+  for (int j = 0; j < kKeys; ++j) scores[j] *= p.softmax_scale;
   if (p.softcap > 0) {
     for (int64_t j = first; j < last; ++j) scores[j] = p.softcap * std::tanh(scores[j] / p.softcap);
   }
@@ -159,23 +160,23 @@ GQA_INLINE void score_keys(const gqa_attention_params &p, const float *q, const 
 
 // Turns scores into weights relative to the new maximum; returns the factor for what was summed before.
 GQA_INLINE float update_softmax(Query *query, float *scores) {
-  float lanes[kStrip];
-  for (int j = 0; j < kStrip; ++j) lanes[j] = -kInfinity;
-  for (int at = 0; at < kKeys; at += kStrip) {
-    for (int j = 0; j < kStrip; ++j) lanes[j] = scores[at + j] > lanes[j] ? scores[at + j] : lanes[j];
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = -kInfinity;
+  for (int at = 0; at < kKeys; at += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] = scores[at + j] > lanes[j] ? scores[at + j] : lanes[j];
   }
   float max = query->max;
-  for (int j = 0; j < kStrip; ++j) max = lanes[j] > max ? lanes[j] : max;
+  for (int j = 0; j < kLanes; ++j) max = lanes[j] > max ? lanes[j] : max;
   const float base = max == -kInfinity ? 0.0f : max;
-  for (int j = 0; j < kStrip; ++j) lanes[j] = 0;
-  for (int at = 0; at < kKeys; at += kStrip) {
-    for (int j = 0; j < kStrip; ++j) {
+  for (int j = 0; j < kLanes; ++j) lanes[j] = 0;
+  for (int at = 0; at < kKeys; at += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
       scores[at + j] = vector_exp(scores[at + j] - base);
       lanes[j] += scores[at + j];
     }
   }
   float sum = 0;
-  for (int j = 0; j < kStrip; ++j) sum += lanes[j];
+  for (int j = 0; j < kLanes; ++j) sum += lanes[j];
   const float factor = query->max == max ? 1.0f : vector_exp(query->max - base);
   query->sum = query->sum * factor + sum;
   query->max = max;
@@ -189,10 +190,14 @@ GQA_INLINE void add_values(const float *weights, const float *v, int64_t first, 
     for (int64_t d = 0; d < head_dim; ++d) out[d] *= factor;
   }
   int64_t j = first;
-  for (; j + 4 <= last; j += 4) {
-    const float *a = v + j * head_dim, *b = a + head_dim, *c = b + head_dim, *e = c + head_dim;
-    const float wa = weights[j], wb = weights[j + 1], wc = weights[j + 2], we = weights[j + 3];
-    for (int64_t d = 0; d < head_dim; ++d) out[d] += (wa * a[d] + wb * b[d]) + (wc * c[d] + we * e[d]);
+  for (; j + 8 <= last; j += 8) {
+    const float *w = weights + j, *a = v + j * head_dim, *b = a + 4 * head_dim;
+    const float w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4], w5 = w[5], w6 = w[6], w7 = w[7];
+    for (int64_t d = 0; d < head_dim; ++d) {
+      const float low = (w0 * a[d] + w1 * a[d + head_dim]) + (w2 * a[d + 2 * head_dim] + w3 * a[d + 3 * head_dim]);
+      const float high = (w4 * b[d] + w5 * b[d + head_dim]) + (w6 * b[d + 2 * head_dim] + w7 * b[d + 3 * head_dim]);
+      out[d] += low + high;
+    }
   }
   for (; j < last; ++j) {
     for (int64_t d = 0; d < head_dim; ++d) out[d] += weights[j] * v[j * head_dim + d];

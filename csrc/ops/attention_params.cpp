@@ -139,6 +139,12 @@ void check_cache(const char *op, const CacheArguments &cache, int64_t batch, con
   check_index(op, "cache_leftpad", cache.cache_leftpad, {batch}, "[batch]", like);
 }
 
+void check_cache_heads(const char *op, const Tensor &k, const CacheArguments &cache) {
+  const int64_t heads = cache.k_cache->size(2);
+  check_has(op, dim_from_end(k, 2) == heads, "k", "the " + std::to_string(heads) + " heads of k_cache",
+            "shape " + shape_string(k));
+}
+
 void check_new_length(const char *op, int64_t seqlen, const CacheArguments &cache) {
   const std::string capacity = std::to_string(cache_capacity(cache));
   check_has(op, seqlen <= cache_capacity(cache), "k", "at most as many tokens as the cache has rows (" + capacity + ")",
@@ -218,12 +224,13 @@ int64_t kv_heads_of(const AttentionArguments &args) {
 void check_new_keys(const char *op, const AttentionArguments &args, int64_t new_tokens) {
   if (!args.k) return;
   const Tensor &k = *args.k, &q = args.q;
-  const int64_t head_dim = dim_from_end(q, 1), heads = args.cache.k_cache ? args.cache.k_cache->size(2) : -1;
+  const int64_t head_dim = dim_from_end(q, 1);
   if (args.cu_seqlens_q) {
-    check_shape(op, "k", k, {args.cache.k_cache ? q.size(0) : -1, heads, head_dim}, "[tokens, num_kv_heads, head_dim]");
+    check_shape(op, "k", k, {args.cache.k_cache ? q.size(0) : -1, -1, head_dim}, "[tokens, num_kv_heads, head_dim]");
   } else {
-    check_shape(op, "k", k, {q.size(0), new_tokens, heads, head_dim}, "[batch, seqlen, num_kv_heads, head_dim]");
+    check_shape(op, "k", k, {q.size(0), new_tokens, -1, head_dim}, "[batch, seqlen, num_kv_heads, head_dim]");
   }
+  if (args.cache.k_cache) check_cache_heads(op, k, args.cache);
   check_same_shape(op, "v", *args.v, "k", k);
   check_same_dtype(op, "k", k, "q", q);
   check_same_dtype(op, "v", *args.v, "q", q);

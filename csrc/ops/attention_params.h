@@ -56,7 +56,8 @@ void check_no_scales(const char *op, const OptionalTensor &k_scale, const Option
 // Caches that hold `batch` sequences with the dtype, device and head_dim of `like`; `writes`: new rows go into them.
 void check_cache(const char *op, const CacheArguments &cache, int64_t batch, const char *like_name, const Tensor &like,
                  bool writes);
-// What the host can see of an overflow.
+// New keys of the cache's number of heads, and what the host can see of an overflow.
+void check_cache_heads(const char *op, const Tensor &k, const CacheArguments &cache);
 void check_new_length(const char *op, int64_t seqlen, const CacheArguments &cache);
 // Tables for `tokens` tokens in each of `batch` sequences, checked; ragged tokens count as one sequence.
 gqa_rotary to_rotary(const char *op, const RotaryArguments &rotary, int64_t batch, int64_t tokens,

@@ -24,7 +24,7 @@ void kv_cache_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
   check_same_device(kOp, "v", v, "k", k);
   check_no_scales(kOp, k_scale, v_scale);
   check_cache(kOp, cache, k.size(0), "k", k, true);
-  check_shape(kOp, "k", k, {-1, -1, k_cache.size(2), k.size(3)}, "[batch, seqlen, num_kv_heads, head_dim]");
+  check_cache_heads(kOp, k, cache);
   check_new_length(kOp, k.size(1), cache);
   Kept kept;
   gqa_kv_cache_append_params p{};
