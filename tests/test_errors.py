@@ -79,7 +79,7 @@ class Misuse:
 
     def arguments(self, device: str) -> Arguments:
         found = VALID[self.op]() | self.changes
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in found.items()}
+        moved = {name: on_device(value, device) if isinstance(value, Tensor) else value for name, value in found.items()}
         return {
             name: value.requires_grad_() if isinstance(found[name], Tensor) and found[name].requires_grad else value
             for name, value in moved.items()
@@ -89,6 +89,12 @@ class Misuse:
         with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
             getattr(gqa_kernels, self.op)(**self.arguments(device))
         return str(raised.value)
+
+
+def on_device(tensor: Tensor, device: str) -> Tensor:
+    """The tensor with its very strides, which a plain move of an expanded one would lose."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
+    return storage.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def rows(op: str, *table: tuple[Arguments, str, str, str]) -> list[Misuse]:

@@ -121,9 +121,10 @@ int find_shape(int32_t head_dim, bool few_rows) {
   return few_rows ? i : kAttentionDims + i;
 }
 
-// The most keys that one block of rows can attend to.
+// The most keys that one block of rows can attend to. Rounded, so that a cache in pages, whose last one may be longer
+// than a contiguous cache, is divided like that one and gives the same bytes.
 int64_t most_keys(const gqa_attention_params *p) {
-  const int64_t keys = p->k_cache != nullptr ? p->cache_capacity : p->seqlen_k;
+  const int64_t keys = round_up(p->k_cache != nullptr ? p->cache_capacity : p->seqlen_k, 256);
   const int64_t right = p->causal ? 0 : p->window_right;
   return p->window_left >= 0 && right >= 0 ? std::min(keys, p->window_left + right + p->seqlen_q) : keys;
 }

@@ -1,7 +1,7 @@
 // Eight consecutive elements of a vector, loaded by whatever width their alignment allows, and rotated if asked.
 #pragma once
 
-#include "common/index.h"
+#include "common/rotate.h"
 #include "cuda/common/vec.cuh"
 
 namespace gqa::cuda {
@@ -51,6 +51,11 @@ __device__ __forceinline__ void copy_chunk(const T *from, T *to) {
   }
 }
 
+// One element of a pair, the second one if `upper`.
+__device__ __forceinline__ float rotated(float x, float partner, bool upper, float cosine, float sine) {
+  return upper ? rotate_pair(partner, x, cosine, sine).second : rotate_pair(x, partner, cosine, sine).first;
+}
+
 // Replaces elements first ... first + 7 of `row`, given in x, by the rotated ones. `offset` is rotary_offset's.
 template <typename T, typename Table>
 __device__ __forceinline__ void rotate_chunk_by(const T *row, int first, const gqa_rotary &r, int64_t offset,
@@ -64,7 +69,7 @@ __device__ __forceinline__ void rotate_chunk_by(const T *row, int first, const g
     load_chunk(cos + (upper ? first - half : first), c);
     load_chunk(sin + (upper ? first - half : first), s);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) x[i] = upper ? x[i] * c[i] + partner[i] * s[i] : x[i] * c[i] - partner[i] * s[i];
+    for (int i = 0; i < kChunk; ++i) x[i] = rotated(x[i], partner[i], upper, c[i], s[i]);
     return;
   }
 #pragma unroll
@@ -76,7 +81,7 @@ __device__ __forceinline__ void rotate_chunk_by(const T *row, int first, const g
     const float partner = to_float(row[upper ? d - distance : d + distance]);
     const int angle = r.interleaved ? d / 2 : (upper ? d - half : d);
     const float c = to_float(cos[angle]), s = to_float(sin[angle]);
-    x[i] = upper ? x[i] * c + partner * s : x[i] * c - partner * s;
+    x[i] = rotated(x[i], partner, upper, c, s);
   }
 }
 

@@ -176,7 +176,8 @@ struct WarpTile {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float &score = s[t][n][2 * half + i];
-            score = exp2_fast(__fmaf_rn(score, multiplier, -base));
+            // Not one FMA: the product has to round as `top` did, or huge scores would miss their own maximum.
+            score = exp2_fast(__fmul_rn(score, multiplier) - base);
             added += score;
           }
         }
