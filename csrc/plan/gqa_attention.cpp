@@ -121,10 +121,9 @@ int find_shape(int32_t head_dim, bool few_rows) {
   return few_rows ? i : kAttentionDims + i;
 }
 
-// The most keys that one block of rows can attend to. Rounded, so that a cache in pages, whose last one may be longer
-// than a contiguous cache, is divided like that one and gives the same bytes.
+// The most keys that one block of rows can attend to.
 int64_t most_keys(const gqa_attention_params *p) {
-  const int64_t keys = round_up(p->k_cache != nullptr ? p->cache_capacity : p->seqlen_k, 256);
+  const int64_t keys = p->k_cache != nullptr ? p->cache_capacity : p->seqlen_k;
   const int64_t right = p->causal ? 0 : p->window_right;
   return p->window_left >= 0 && right >= 0 ? std::min(keys, p->window_left + right + p->seqlen_q) : keys;
 }
@@ -157,7 +156,9 @@ void plan_splits(const gqa_attention_params *p, const gqa_device &device, Attent
   } else {
     const int64_t blocks = p->batch * p->num_kv_heads * plan->row_blocks;
     const int64_t slots = device.num_sms * resident_blocks(shape, device);
-    plan->num_splits = choose_splits(blocks, slots, keys);
+    // Rounded down, so that a cache in pages, whose last one may reach past a contiguous cache of that capacity, is
+    // divided like that one and gives the same bytes.
+    plan->num_splits = choose_splits(blocks, slots, keys / kCapacityUnit * kCapacityUnit);
     plan->plan.reason = shape.groups > 1 ? "few rows per KV head: warps divide the keys"
                                          : "many rows per KV head: warps divide the rows";
   }

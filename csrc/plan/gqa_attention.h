@@ -52,6 +52,9 @@ constexpr int kFloatRows = 4;
 // Blocks of keys start at multiples of this many keys after the sequence's first one, and so do splits.
 constexpr int kSplitUnit = 64;
 
+// Capacities that differ by less are divided alike, as far as they lie between the same multiples of it.
+constexpr int kCapacityUnit = 256;
+
 // How one call is divided. Pure integers: nothing here depends on lengths that only the device knows.
 struct AttentionPlan {
   gqa_plan plan;
