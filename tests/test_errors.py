@@ -69,6 +69,13 @@ VALID: dict[str, Callable[[], Arguments]] = {
 }
 
 
+def on(device: str, tensor: Tensor) -> Tensor:
+    """Zeros with the strides of ``tensor``, which a copy to a device would lose."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    memory = torch.zeros(reach + 1 if tensor.numel() else 0, dtype=tensor.dtype, device=device)
+    return memory.as_strided(tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)
+
+
 @dataclass(frozen=True)
 class Misuse:
     op: str
@@ -79,11 +86,7 @@ class Misuse:
 
     def arguments(self, device: str) -> Arguments:
         found = VALID[self.op]() | self.changes
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in found.items()}
-        return {
-            name: value.requires_grad_() if isinstance(found[name], Tensor) and found[name].requires_grad else value
-            for name, value in moved.items()
-        }
+        return {name: on(device, value) if isinstance(value, Tensor) else value for name, value in found.items()}
 
     def sentence(self, device: str) -> str:
         with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
