@@ -156,12 +156,7 @@ def cache_rows(op: str) -> list[Misuse]:
         op,
         ({"v": zeros(B, S, HKV, 8)}, "v", "the shape of k [2, 3, 2, 16]", "[2, 3, 2, 8]"),
         ({"v": zeros(B, S, HKV, D, dtype=HALF)}, "v", "have the dtype of", "float16"),
-        (
-            {"k": zeros(B, S, 1, D), "v": zeros(B, S, 1, D)},
-            "k",
-            "[batch, seqlen, num_kv_heads, head_dim]",
-            "[2, 3, 1, 16]",
-        ),
+        ({"k": zeros(B, S, 1, D), "v": zeros(B, S, 1, D)}, "k", "the 2 heads of k_cache", "[2, 3, 1, 16]"),
         ({"k_cache": zeros(B, CAPACITY, D)}, "k_cache", "[batch, capacity, num_kv_heads, head_dim]", "[2, 12, 16]"),
         ({"v_cache": zeros(B, CAPACITY + 1, HKV, D)}, "v_cache", "the shape of k_cache", "[2, 13, 2, 16]"),
         ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=HALF)}, "k_cache", "have the dtype of", "float16"),
@@ -271,7 +266,7 @@ TABLE = [
         "gqa_attention_decode",
         (NO_NEW | {"q": zeros(B, 17, HQ, D)}, "q", "1 to 16 query tokens", "17"),
         (NO_NEW | {"q": zeros(B, 0, HQ, D)}, "q", "1 to 16 query tokens", "0"),
-        ({"q": zeros(B, S + 1, HQ, D)}, "k", "= [2, 4, 2, 16]", "[2, 3, 2, 16]"),
+        ({"q": zeros(B, S + 1, HQ, D)}, "k", "[batch, seqlen, num_kv_heads, head_dim] = [2, 4,", "[2, 3, 2, 16]"),
     ),
     *attention_rows("gqa_attention_prefill"),
     *rows(
