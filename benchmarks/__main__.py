@@ -1,4 +1,5 @@
-"""``python -m benchmarks [decode|prefill|ops|sample|model ...] [--shapes TEXT] [--out DIR] [--device D] [--quick]``"""
+"""``python -m benchmarks [decode|prefill|ops|sample|model ...] [--shapes TEXT] [--out DIR] [--device D] [--quick]
+[--commit SHA]``"""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a few cases: on CUDA those with a promised floor")
+    parser.add_argument("--commit", metavar="SHA", help="what to record as the commit, for a tree without git")
     options = parser.parse_args(argv)
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     torch.manual_seed(0)
     settings = Settings(options.device, seconds=0.02 if options.device == "cpu" else 0.1)
-    about = circumstances(options.device, reader_name(settings)) | {"peers": peers.available()}
+    about = circumstances(options.device, reader_name(settings), options.commit) | {"peers": peers.available()}
     suffix = "quick" if options.quick else "partial" if options.shapes else ""
     for group in options.groups:
         rows, skipped, verdicts = run_group(group, settings, options)

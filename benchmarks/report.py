@@ -106,12 +106,12 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def circumstances(device: str, reader: str) -> dict[str, Any]:
+def circumstances(device: str, reader: str, commit: str | None = None) -> dict[str, Any]:
     """Where and how the numbers came to be."""
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": commit or _output("git", "rev-parse", "HEAD"),
         "changed_files": (_output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines(),
         "python": platform.python_version(),
         "torch": torch.__version__,
