@@ -266,8 +266,8 @@ AttentionArgs make_args(const gqa_attention_params &p, const AttentionPlan &plan
 }
 
 gqa_status run(AttentionOp op, const gqa_attention_params *p, cudaStream_t stream) {
+  GQA_RETURN_IF_ERROR(op == AttentionOp::kDecode ? check_attention_decode(p) : check_attention_prefill(p));
   gqa_device device;
-  GQA_RETURN_IF_ERROR(check_struct(p));
   GQA_RETURN_IF_ERROR(current_device(&device));
   AttentionPlan plan;
   GQA_RETURN_IF_ERROR(plan_attention(op, p, &device, &plan));
