@@ -6,13 +6,14 @@ memory; decode divides long caches as Flash-Decoding does. Sinks are an extra lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gqa_kernels._library import C, ops, refuse_grad
+from gqa_kernels._library import ops, refuse_grad
+from gqa_kernels.explain import explain
 from gqa_kernels.validation import (
     validate_block_table,
     validate_cache_seqlens,
@@ -258,28 +259,12 @@ def merge_attention_states(outs: Tensor | Sequence[Tensor], lses: Tensor | Seque
 
 def gqa_attention_prefill_workspace_size(*args: Any, **kwargs: Any) -> int:
     """Bytes of workspace that :func:`gqa_attention_prefill` needs for these arguments; 0 on the CPU."""
-    return _workspace_size(gqa_attention_prefill, *args, **kwargs)
+    return explain("gqa_attention_prefill", *args, **kwargs).workspace_size
 
 
 def gqa_attention_decode_workspace_size(*args: Any, **kwargs: Any) -> int:
     """Bytes of workspace that :func:`gqa_attention_decode` needs for these arguments; 0 on the CPU."""
-    return _workspace_size(gqa_attention_decode, *args, **kwargs)
-
-
-def _workspace_size(function: Callable[..., Any], q: Tensor, *args: Any, **kwargs: Any) -> int:
-    if not q.is_cuda:
-        return 0
-    with torch.cuda.device(q.device):
-        device: dict[str, int] = C.current_device()
-    C.explain_begin(
-        "cuda", device["compute_capability"], device["num_sms"], device["max_shared_memory"], device["l2_size"]
-    )
-    plans: list[dict[str, Any]] = []
-    try:
-        function(q, *args, **kwargs)
-    finally:
-        plans = C.explain_end()
-    return max((int(plan["workspace_size"]) for plan in plans), default=0)
+    return explain("gqa_attention_decode", *args, **kwargs).workspace_size
 
 
 def _cache_options(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gqa_kernels._library import ops, refuse_grad
+from gqa_kernels.validation import validate_positions, validating
 
 
 @overload
@@ -54,6 +55,8 @@ def rope(
     float32 and rounded once.
     """
     refuse_grad("rope", q=q, k=k, cos=cos, sin=sin)
+    if validating() and position_ids is not None and cos.dim() == 2:
+        validate_positions("rope", "position_ids", position_ids, cos.shape[0])
     if position_ids is None and not interleaved:
         rotated: tuple[Tensor, Tensor] = ops.rope(q, k, cos, sin)
     else:
@@ -83,6 +86,8 @@ def rope_(
     PyTorch equivalent: ``q.copy_(rope(q, None, cos, sin))``, and so for ``k``.
     """
     refuse_grad("rope_", q=q, k=k, cos=cos, sin=sin)
+    if validating() and position_ids is not None and cos.dim() == 2:
+        validate_positions("rope_", "position_ids", position_ids, cos.shape[0])
     if position_ids is None and not interleaved:
         ops.rope_(q, k, cos, sin)
     else:

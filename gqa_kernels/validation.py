@@ -100,9 +100,9 @@ def validate_leftpad(op: str, cache_leftpad: Tensor) -> list[int]:
 
 def validate_positions(op: str, name: str, positions: Tensor, num_positions: int) -> None:
     """Explicit positions within the rotary table."""
-    outside = (positions < 0) | (positions >= num_positions)
-    if bool(outside.any()):
-        index = outside.nonzero()[0].tolist()
+    outside = ((positions < 0) | (positions >= num_positions)).nonzero()
+    if outside.numel():
+        index = outside[0].tolist()
         where = ", ".join(map(str, index))
         _fail(op, f"{name}[{where}]", f"from 0 to {num_positions - 1}", int(positions[tuple(index)]))
 
@@ -110,4 +110,4 @@ def validate_positions(op: str, name: str, positions: Tensor, num_positions: int
 def validate_last_position(op: str, name: str, last: int, num_positions: int) -> None:
     """The largest default position within the rotary table."""
     if last >= num_positions:
-        _fail(op, name, f"of more than {last} rows, one for each position", num_positions)
+        raise RuntimeError(f"{op}: {name} must have a row for position {last}, got {num_positions} rows")

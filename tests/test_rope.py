@@ -13,7 +13,7 @@ from support.contract import assert_compiles, assert_graph_replays, assert_same,
 from support.guard import Guard, same_bytes
 from torch import Tensor
 
-from gqa_kernels import rope, rope_, rope_tables
+from gqa_kernels import rope, rope_, rope_tables, validation
 from gqa_kernels._library import C
 
 ops = torch.ops.gqa_kernels
@@ -212,6 +212,18 @@ def test_p6_bad_positions_become_nan(guard: Guard, dtype: torch.dtype, interleav
                 assert same_bytes(got[keep], want[keep]) and not bool(want.isnan().any())
     empty = rope(q, None, cos[:0], cos[:0], position_ids=guard.place(good))
     assert bool(empty[..., :48].isnan().all())
+
+
+def test_p6_validation_names_the_position(device: str) -> None:
+    q, cos = torch.zeros(2, 3, 1, 16, device=device), torch.zeros(9, 8, device=device)
+    ids = torch.tensor([[0, 1, 8], [3, 4, 9]], device=device)
+    with validation():
+        rope(q, None, cos, cos, position_ids=ids[:1])
+        with pytest.raises(RuntimeError, match=r"^rope: position_ids\[1, 2\] must be from 0 to 8, got 9$"):
+            rope(q, None, cos, cos, position_ids=ids)
+        with pytest.raises(RuntimeError, match=r"^rope_: position_ids\[0\] must be from 0 to 8, got -1$"):
+            rope_(q, None, cos, cos, position_ids=ids[0] - 1)
+    rope(q, None, cos, cos, position_ids=ids)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
