@@ -1,4 +1,4 @@
-"""Reads ptxas' reports of a build and prints registers and spills; fails on a spill in a kernel that promises none.
+"""Reads ptxas' reports of a build and fails if a kernel spills registers: none does.
 
 usage: python csrc/check_spills.py BUILD_FOLDER
 """
@@ -9,15 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-# Kernels whose every instance must keep its values in registers.
-NO_SPILLS: tuple[str, ...] = ()
-
 
 def main(folder: Path) -> int:
     entry = re.compile(r"Compiling entry function '(\S+)' for '(\S+)'")
     spills = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
     used = re.compile(r"Used (\d+) registers")
-    kernels, spilled, failed = 0, 0, 0
+    kernels, spilled = 0, 0
     logs = sorted(folder.rglob("*.cu.o.log"))
     for log in logs:
         name, arch, stored = "", "", 0
@@ -30,12 +27,10 @@ def main(folder: Path) -> int:
                 kernels += 1
                 if stored:
                     spilled += 1
-                    promised = any(kernel in name for kernel in NO_SPILLS)
-                    failed += promised
-                    print(f"{'FAIL ' if promised else ''}{stored} bytes spilled, {match[1]} registers: {name} ({arch})")
+                    print(f"{stored} bytes spilled, {match[1]} registers: {name} ({arch})")
                 name = ""
     print(f"{kernels} kernel instances in {len(logs)} files, {spilled} with spills")
-    return 1 if failed else 0
+    return 1 if spilled else 0
 
 
 if __name__ == "__main__":

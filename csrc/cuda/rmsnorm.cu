@@ -111,7 +111,7 @@ __device__ void write_out(const Row<T, W, Params> &row, const Vec<T> &x, int64_t
 }
 
 template <bool kAligned, typename T, typename W, typename Params>
-__global__ void __launch_bounds__(512, 2) norm_row(const Params p) {
+__global__ void __launch_bounds__(512, kAligned ? 2 : 1) norm_row(const Params p) {
   extern __shared__ float partial[];
   const Row<T, W, Params> row(p, blockIdx.x);
   const int64_t step = static_cast<int64_t>(blockDim.x) * Vec<T>::kSize;
