@@ -162,6 +162,14 @@ def test_cuda_equals_torch(gpu: str, dtype: torch.dtype) -> None:
     assert torch.equal(swiglu(gate, up), silu(gate) * up)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_equals_torch_for_every_gate(gpu: str, dtype: torch.dtype) -> None:
+    gate = torch.arange(-(2**15), 2**15, device=gpu).to(torch.int16).view(dtype)
+    got, want = swiglu(gate, torch.ones_like(gate)), silu(gate)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[~want.isnan()], want[~want.isnan()])
+
+
 def test_p22_synchronises_nowhere(gpu: str) -> None:
     x = torch.randn(64, 512, device=gpu)
     torch.cuda.set_sync_debug_mode("error")
