@@ -1,6 +1,8 @@
 // Arguments of the Hopper decode kernels: what they read of the params, resolved on the host.
 #pragma once
 
+#include <vector_types.h>
+
 #include "common/attention.h"
 
 namespace gqa::cuda::decode_sm90 {
@@ -29,7 +31,10 @@ struct Args {
   int64_t out_stride[3];
   float *lse;
   const void *sinks;
-  int32_t sinks_float, num_q_heads;
+  int32_t sinks_float, num_q_heads, num_kv_heads;
+  float *parts;  // workspace of `splits` partial sums of each unit of the output, and their maxima and weights
+  float2 *scales;
+  int32_t splits;
   gqa_rotary rotary;
 };
 
@@ -56,6 +61,7 @@ inline Args make_args(const gqa_attention_params &p, int cluster, int slices) {
   a.k_row = static_cast<int32_t>(2 * p.k_cache_stride[1]), a.v_row = static_cast<int32_t>(2 * p.v_cache_stride[1]);
   a.k_head = 2 * p.k_cache_stride[2], a.v_head = 2 * p.v_cache_stride[2];
   a.num_q_heads = p.num_q_heads;
+  a.num_kv_heads = p.num_kv_heads;
   a.group = p.num_q_heads / p.num_kv_heads;
   a.seqlen_q = static_cast<int32_t>(p.seqlen_q);
   a.rows = a.group * a.seqlen_q;
