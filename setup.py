@@ -139,12 +139,12 @@ def build_libraries(module: Path) -> None:
         depfile=True,
     )
     exports = ROOT / "csrc/exports.map"
-    link = f"{cxx} -shared -Wl,--version-script={exports} -Wl,-soname,libgqa_kernels.so -o $out $in $flags"
-    ninja.rule("link_library", link)
+    link = f"{cxx} -shared -Wl,--no-undefined -Wl,--version-script={exports} -Wl,-soname,libgqa_kernels.so"
+    ninja.rule("link_library", f"{link} -o $out $in $flags")
     ninja.rule("link_module", f"{cxx} -shared -o $out $in $flags")
 
-    # The sampler's definition is exact arithmetic, the same bytes everywhere: no contraction into FMA.
-    exact = {"sample.cpp": "-ffp-contract=off"}
+    # Arithmetic defined to the bit, the same everywhere: no contraction into FMA.
+    exact = dict.fromkeys(["rope.cpp", "rotary.cpp", "sample.cpp"], "-ffp-contract=off")
     objects = ninja.compile("cxx", sources("common", ".cpp") + sources("plan", ".cpp"))
     objects += ninja.compile("cxx", sources("cpu", ".cpp"), exact)
     if nvcc:

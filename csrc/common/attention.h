@@ -22,21 +22,52 @@ struct Sequence {
   GQA_HOST_DEVICE int64_t position(int64_t i) const { return keys() - q_len + i; }
 };
 
+// Where sequence b starts: the largest offset up to b that lies within the tensor. For sound offsets that is offset b;
+// unsound ones still give every row one owner, so that a bad sequence never touches a row of a good one before it.
+GQA_HOST_DEVICE int64_t span_start(const gqa_index &cu_seqlens, int64_t b, int64_t total) {
+  int64_t start = 0;
+  for (int64_t i = 1; i <= b; ++i) {
+    const int64_t offset = load_index(cu_seqlens, i);
+    if (offset > start && offset <= total) start = offset;
+  }
+  return start;
+}
+
+// Rows of sequence b in a ragged tensor of `total` rows; false where its offsets are unsound or it is too long.
 GQA_HOST_DEVICE bool load_span(const gqa_index &cu_seqlens, int64_t b, int64_t total, int64_t longest, int64_t *start,
                                int64_t *length) {
   const int64_t first = load_index(cu_seqlens, b), last = load_index(cu_seqlens, b + 1);
-  const bool starts_at_zero = b > 0 || first == 0;
-  const int64_t low = b == 0 ? 0 : first;
-  *start = low < 0 ? 0 : (low > total ? total : low);
-  const int64_t end = last < *start ? *start : (last > total ? total : last);
-  *length = end - *start;
-  return starts_at_zero && first >= 0 && last >= first && last <= total && last - first <= longest;
+  *start = span_start(cu_seqlens, b, total);
+  const bool sound = last >= *start && last <= total;
+  *length = sound ? last - *start : 0;
+  return sound && first == *start && *length <= longest;
+}
+
+// Rows of q past the last sequence: they belong to nobody and get out = 0, lse = -inf. Where the last offset is unsound
+// there are none: the last sequence, then invalid, takes all rows to the end.
+GQA_HOST_DEVICE int64_t ragged_tail(const gqa_attention_params &p) {
+  const int64_t end = span_start(p.cu_seqlens_q, p.batch, p.total_q);
+  return load_index(p.cu_seqlens_q, p.batch) == end ? end : p.total_q;
+}
+
+// The cache's part of a sequence whose new keys are known.
+template <typename Params>
+GQA_HOST_DEVICE void load_cached(const Params &p, int64_t b, bool has_cache, Sequence *s) {
+  if (has_cache) {
+    s->cached = load_index(p.cache_seqlens, b);
+    s->valid = s->valid && s->cached >= 0 && s->cached <= p.cache_capacity - s->k_len;
+  }
+  s->leftpad = load_index_or(p.cache_leftpad, 0, b);
+  s->valid = s->valid && s->leftpad >= 0;
+  if (!s->valid) s->cached = 0, s->k_len = 0, s->leftpad = 0;
+  if (s->leftpad > s->keys()) s->leftpad = s->keys();
 }
 
 GQA_HOST_DEVICE Sequence load_sequence(const gqa_attention_params &p, int64_t b) {
   Sequence s{true, 0, p.seqlen_q, 0, 0, p.k != nullptr ? p.seqlen_k : 0, 0};
   if (p.cu_seqlens_q.data != nullptr) {
     s.valid = load_span(p.cu_seqlens_q, b, p.total_q, p.seqlen_q, &s.q_start, &s.q_len);
+    if (b + 1 == p.batch) s.q_len = ragged_tail(p) - s.q_start;
   }
   if (p.k != nullptr && p.k_cache != nullptr && p.cu_seqlens_q.data != nullptr) {
     s.k_start = s.q_start;
@@ -44,20 +75,18 @@ GQA_HOST_DEVICE Sequence load_sequence(const gqa_attention_params &p, int64_t b)
   } else if (p.k != nullptr && p.cu_seqlens_k.data != nullptr) {
     s.valid = load_span(p.cu_seqlens_k, b, p.total_k, p.seqlen_k, &s.k_start, &s.k_len) && s.valid;
   }
-  if (p.k_cache != nullptr) {
-    s.cached = load_index(p.cache_seqlens, b);
-    s.valid = s.valid && s.cached >= 0 && s.cached + s.k_len <= p.cache_capacity;
-  }
-  s.leftpad = load_index_or(p.cache_leftpad, 0, b);
-  s.valid = s.valid && s.leftpad >= 0;
-  if (!s.valid) s.cached = 0, s.k_len = 0, s.leftpad = 0;
+  load_cached(p, b, p.k_cache != nullptr, &s);
   return s;
 }
 
-// Rows of q past the last sequence: they belong to nobody and get out = 0, lse = -inf.
-GQA_HOST_DEVICE int64_t ragged_tail(const gqa_attention_params &p) {
-  const int64_t end = load_index(p.cu_seqlens_q, p.batch);
-  return end < 0 ? 0 : (end > p.total_q ? p.total_q : end);
+// An append has no queries: only the keys of the sequence are meant.
+GQA_HOST_DEVICE Sequence load_sequence(const gqa_kv_cache_append_params &p, int64_t b) {
+  Sequence s{true, 0, 0, 0, 0, p.seqlen, 0};
+  if (p.cu_seqlens.data != nullptr) {
+    s.valid = load_span(p.cu_seqlens, b, p.total_tokens, p.seqlen, &s.k_start, &s.k_len);
+  }
+  load_cached(p, b, true, &s);
+  return s;
 }
 
 // Keys [first, last) that query i attends to; empty when first >= last.

@@ -1,8 +1,9 @@
 // rmsnorm and add_rmsnorm: out = x * rsqrt(mean(x^2) + eps) * (weight + offset), after x + residual for the latter.
 // One block per row; each thread owns 16-byte vectors of the row, strided by the block.
 // Memory order: x (and residual) once, kept in registers up to 4 vectors a thread and re-read beyond; weight; out.
-// Limits: any width; unaligned rows and odd widths take the scalar path of the same kernel.
-// Determinism: fixed reduction order, bitwise repeatable, independent of other rows.
+// Limits: any width and alignment; unaligned rows and odd widths move the same vectors element by element.
+// Determinism: squares are summed 32 vectors at a time by a fixed tree and those sums in order, so a row's bytes depend
+// neither on the block size, nor on its alignment, nor on other rows.
 #include "plan/rmsnorm.h"
 
 #include <type_traits>
@@ -20,8 +21,8 @@ template <typename Params>
 constexpr bool kAdds = std::is_same_v<Params, gqa_add_rmsnorm_params>;
 
 template <typename T>
-__device__ T *row_at(const void *base, const int64_t *stride, int64_t inner_rows, int64_t row) {
-  return static_cast<T *>(const_cast<void *>(base)) + row / inner_rows * stride[0] + row % inner_rows * stride[1];
+__device__ T *row_at(const void *base, const int64_t *stride, uint32_t outer, uint32_t inner) {
+  return static_cast<T *>(const_cast<void *>(base)) + outer * stride[0] + inner * stride[1];
 }
 
 template <typename T, typename W, typename Params>
@@ -29,41 +30,57 @@ struct Row {
   const T *x, *residual;
   const W *weight;
   T *out, *residual_out;
+  int64_t hidden;
 
-  __device__ Row(const Params &p, int64_t row) : residual(nullptr), residual_out(nullptr) {
-    x = row_at<T>(p.x, p.x_stride, p.rows[1], row);
+  __device__ Row(const Params &p, uint32_t row) : residual(nullptr), residual_out(nullptr), hidden(p.hidden) {
+    const uint32_t inner_rows = static_cast<uint32_t>(p.rows[1]);
+    const uint32_t outer = row < inner_rows ? 0 : row / inner_rows, inner = row - outer * inner_rows;
+    x = row_at<T>(p.x, p.x_stride, outer, inner);
     weight = static_cast<const W *>(p.weight);
-    out = row_at<T>(p.out, p.out_stride, p.rows[1], row);
+    out = row_at<T>(p.out, p.out_stride, outer, inner);
     if constexpr (kAdds<Params>) {
-      residual = row_at<T>(p.residual, p.residual_stride, p.rows[1], row);
-      residual_out = row_at<T>(p.residual_out, p.residual_out_stride, p.rows[1], row);
+      residual = row_at<T>(p.residual, p.residual_stride, outer, inner);
+      residual_out = row_at<T>(p.residual_out, p.residual_out_stride, outer, inner);
     }
-  }
-
-  __device__ bool aligned() const {
-    return is_aligned16(x) && is_aligned16(residual) && is_aligned16(weight) && is_aligned16(out) &&
-           is_aligned16(residual_out);
   }
 };
 
-template <typename T, typename W, typename Params>
-__device__ T finish(float value, float weight, float rstd, const Params &p) {
-  const float normed = value * rstd;
-  const float rounded = p.cast_before_weight ? to_float(from_float<T>(normed)) : normed;
-  return from_float<T>(rounded * (weight + p.weight_offset));
+// The vector at element `at`; past the end of the row it is filled with zeros.
+template <bool kAligned, typename T>
+__device__ Vec<T> load(const T *row, int64_t at, int64_t hidden) {
+  if constexpr (kAligned) {
+    return load_vec(row + at);
+  } else {
+    Vec<T> vec;
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) vec.value[i] = at + i < hidden ? row[at + i] : from_float<T>(0);
+    return vec;
+  }
+}
+
+template <bool kAligned, typename T>
+__device__ void store(T *row, int64_t at, int64_t hidden, const Vec<T> &vec) {
+  if constexpr (kAligned) {
+    store_vec(row + at, vec);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vec<T>::kSize; ++i) {
+      if (at + i < hidden) row[at + i] = vec.value[i];
+    }
+  }
 }
 
 // x, or x + residual rounded to T and written out.
-template <typename T, typename W, typename Params>
+template <bool kAligned, typename T, typename W, typename Params>
 __device__ Vec<T> load_input(const Row<T, W, Params> &row, int64_t at) {
-  Vec<T> x = load_vec(row.x + at);
+  Vec<T> x = load<kAligned>(row.x, at, row.hidden);
   if constexpr (kAdds<Params>) {
-    const Vec<T> residual = load_vec(row.residual + at);
+    const Vec<T> residual = load<kAligned>(row.residual, at, row.hidden);
 #pragma unroll
     for (int i = 0; i < Vec<T>::kSize; ++i) {
       x.value[i] = from_float<T>(to_float(x.value[i]) + to_float(residual.value[i]));
     }
-    store_vec(row.residual_out + at, x);
+    store<kAligned>(row.residual_out, at, row.hidden, x);
   }
   return x;
 }
@@ -76,58 +93,62 @@ __device__ float sum_of_squares(const Vec<T> &vec) {
   return sum;
 }
 
-template <typename T, typename W, typename Params>
+template <bool kAligned, typename T, typename W, typename Params>
 __device__ void write_out(const Row<T, W, Params> &row, const Vec<T> &x, int64_t at, float rstd, const Params &p) {
+  constexpr int kPart = Vec<W>::kSize < Vec<T>::kSize ? Vec<W>::kSize : Vec<T>::kSize;
   Vec<T> out;
 #pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) {
-    out.value[i] = finish<T, W>(to_float(x.value[i]), to_float(row.weight[at + i]), rstd, p);
+  for (int part = 0; part < Vec<T>::kSize; part += kPart) {
+    const Vec<W> weight = load<kAligned>(row.weight, at + part, row.hidden);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) {
+      const float normed = to_float(x.value[part + i]) * rstd;
+      const float rounded = p.cast_before_weight ? to_float(from_float<T>(normed)) : normed;
+      out.value[part + i] = from_float<T>(rounded * (to_float(weight.value[i]) + p.weight_offset));
+    }
   }
-  store_vec(row.out + at, out);
+  store<kAligned>(row.out, at, row.hidden, out);
 }
 
-template <typename T, typename W, typename Params>
-__global__ void __launch_bounds__(512, 1) norm_row(const Params p) {
-  __shared__ float buffer[32];
+template <bool kAligned, typename T, typename W, typename Params>
+__global__ void __launch_bounds__(512, 2) norm_row(const Params p) {
+  extern __shared__ float partial[];
   const Row<T, W, Params> row(p, blockIdx.x);
-  const float inverse = 1.0f / static_cast<float>(p.hidden);
-  if (p.hidden % Vec<T>::kSize == 0 && row.aligned()) {
-    const int64_t step = static_cast<int64_t>(blockDim.x) * Vec<T>::kSize;
-    const int64_t first = threadIdx.x * Vec<T>::kSize;
-    Vec<T> held[kHeld];
-    float sum = 0;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * Vec<T>::kSize;
+  const int64_t first = threadIdx.x * Vec<T>::kSize;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+  const bool leader = threadIdx.x % 32 == 0;
+  Vec<T> held[kHeld];
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (first + i * step < p.hidden) {
-        held[i] = load_input<T, W>(row, first + i * step);
-        sum += sum_of_squares(held[i]);
-      }
-    }
-    for (int64_t at = first + kHeld * step; at < p.hidden; at += step) sum += sum_of_squares(load_input<T, W>(row, at));
-    const float rstd = rsqrtf(block_sum(sum, buffer) * inverse + p.eps);
+  for (int i = 0; i < kHeld; ++i) {
+    if (first + i * step < row.hidden) held[i] = load_input<kAligned>(row, first + i * step);
+  }
+  // Warps run whole: a warp is past the end of the row or its first lane is not.
+  const int64_t warp_first = first - threadIdx.x % 32 * Vec<T>::kSize;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (first + i * step < p.hidden) write_out<T, W>(row, held[i], first + i * step, rstd, p);
+  for (int i = 0; i < kHeld; ++i) {
+    if (warp_first + i * step < row.hidden) {
+      const float sum = warp_sum(first + i * step < row.hidden ? sum_of_squares(held[i]) : 0.0f);
+      if (leader) partial[i * warps + warp] = sum;
     }
-    const T *again = kAdds<Params> ? row.residual_out : row.x;
-    for (int64_t at = first + kHeld * step; at < p.hidden; at += step) {
-      write_out<T, W>(row, load_vec(again + at), at, rstd, p);
-    }
-  } else {
-    float sum = 0;
-    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
-      float value = to_float(row.x[i]);
-      if constexpr (kAdds<Params>) {
-        row.residual_out[i] = from_float<T>(value + to_float(row.residual[i]));
-        value = to_float(row.residual_out[i]);
-      }
-      sum += value * value;
-    }
-    const float rstd = rsqrtf(block_sum(sum, buffer) * inverse + p.eps);
-    const T *again = kAdds<Params> ? row.residual_out : row.x;
-    for (int64_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
-      row.out[i] = finish<T, W>(to_float(again[i]), to_float(row.weight[i]), rstd, p);
-    }
+  }
+  for (int64_t i = kHeld; warp_first + i * step < row.hidden; ++i) {
+    const int64_t at = first + i * step;
+    const float sum = warp_sum(at < row.hidden ? sum_of_squares(load_input<kAligned>(row, at)) : 0.0f);
+    if (leader) partial[i * warps + warp] = sum;
+  }
+  __syncthreads();
+  const int64_t group = 32 * Vec<T>::kSize, groups = (row.hidden + group - 1) / group;
+  float sum = 0;
+  for (int64_t i = 0; i < groups; ++i) sum += partial[i];
+  const float rstd = rsqrtf(sum / static_cast<float>(row.hidden) + p.eps);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if (first + i * step < row.hidden) write_out<kAligned>(row, held[i], first + i * step, rstd, p);
+  }
+  const T *again = kAdds<Params> ? row.residual_out : row.x;
+  for (int64_t at = first + kHeld * step; at < row.hidden; at += step) {
+    write_out<kAligned>(row, load<kAligned>(again, at, row.hidden), at, rstd, p);
   }
 }
 
@@ -136,7 +157,11 @@ gqa_status run(const Params *p, const gqa_plan &plan, cudaStream_t stream) {
   if (plan.num_launches == 0) return GQA_STATUS_OK;
   return dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    auto *kernel = p->weight_dtype == p->dtype ? norm_row<T, T, Params> : norm_row<T, float, Params>;
+    const auto pick = [&](auto aligned) {
+      constexpr bool kAligned = decltype(aligned)::value;
+      return p->weight_dtype == p->dtype ? norm_row<kAligned, T, T, Params> : norm_row<kAligned, T, float, Params>;
+    };
+    auto *kernel = plan.launches[0].variant == kAlignedRows ? pick(std::true_type{}) : pick(std::false_type{});
     return launch(kernel, plan.launches[0], stream, *p);
   });
 }

@@ -296,16 +296,19 @@ typedef struct gqa_merge_attention_states_params {
 
 /* ------------------------------------------------------------------------------------------- sampling -- */
 
-/* Draws one token per row. A setting's per-row pointer, where given, replaces its scalar. */
+/*
+ * Draws one token per row. A setting's per-row pointer, where given, replaces its scalar. Where neither seeds nor
+ * offsets has a value per row, a row is told apart by its index; where one has, that value alone decides.
+ */
 typedef struct gqa_sample_params {
   uint32_t struct_size;
   int32_t dtype;      /* of logits: float32, float16 or bfloat16 */
   const void *logits; /* [rows, vocab] */
   int64_t *ids;       /* [rows], always in [0, vocab) */
-  uint8_t *valid;     /* [rows] 0 where the row had no finite candidate, or NULL */
+  uint8_t *valid;     /* [rows] 0 where the row held a NaN or no logit above -inf, or NULL */
   float *logprob;     /* [rows] natural log, of the token under the filtered distribution, or NULL */
   int64_t rows;
-  int64_t vocab;
+  int64_t vocab; /* at most 2^18 */
   int64_t logits_stride;
   float temperature; /* 0: greedy */
   int64_t top_k;     /* <= 0: all */
@@ -319,6 +322,9 @@ typedef struct gqa_sample_params {
   const float *min_ps;
   gqa_index seeds;
   gqa_index offsets;
+  int64_t temperatures_stride; /* 0: one value for all rows, and so on */
+  int64_t top_ps_stride;
+  int64_t min_ps_stride;
 } gqa_sample_params;
 
 /* -------------------------------------------------------------------------------------------- functions -- */

@@ -1,5 +1,8 @@
 #include "plan/rmsnorm.h"
 
+#include <algorithm>
+#include <type_traits>
+
 #include "plan/plan.h"
 
 namespace gqa {
@@ -16,6 +19,22 @@ gqa_status check(const Params *p) {
   return complete ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
 }
 
+bool is_aligned(const void *base, const int64_t *stride, int64_t vector) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride[0] % vector == 0 && stride[1] % vector == 0;
+}
+
+template <typename Params>
+bool has_aligned_rows(const Params *p, int64_t vector) {
+  constexpr int64_t kContiguous[2] = {};
+  bool aligned = p->hidden % vector == 0 && is_aligned(p->x, p->x_stride, vector) &&
+                 is_aligned(p->out, p->out_stride, vector) && is_aligned(p->weight, kContiguous, vector);
+  if constexpr (std::is_same_v<Params, gqa_add_rmsnorm_params>) {
+    aligned = aligned && is_aligned(p->residual, p->residual_stride, vector) &&
+              is_aligned(p->residual_out, p->residual_out_stride, vector);
+  }
+  return aligned;
+}
+
 template <typename Params>
 gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   GQA_RETURN_IF_ERROR(check_params(p));
@@ -23,13 +42,14 @@ gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   const int64_t rows = p->rows[0] * p->rows[1];
   if (rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (rows == 0) return GQA_STATUS_OK;
-  // One 16-byte load per thread where the row allows, at most 512 threads; longer rows loop.
-  const int64_t vector = 16 / dtype_size(p->dtype);
-  const int64_t threads = p->hidden <= 32 * vector    ? 32
-                          : p->hidden <= 128 * vector ? 128
-                          : p->hidden <= 256 * vector ? 256
-                                                      : 512;
-  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}));
+  // Few rows: one vector a thread, for latency. Many: four, for more bytes in flight. The result is the same.
+  const int64_t vector = 16 / dtype_size(p->dtype), vectors = ceil_div(p->hidden, vector);
+  const int64_t per_thread = rows <= 264 ? 1 : 4;
+  const int64_t threads = std::min<int64_t>(512, ceil_div(ceil_div(vectors, per_thread), int64_t{32}) * 32);
+  const int64_t shared_memory = ceil_div(vectors, int64_t{32}) * 4;
+  if (shared_memory > 48 * 1024) return GQA_STATUS_UNSUPPORTED;
+  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}, shared_memory,
+                               has_aligned_rows(p, vector) ? kAlignedRows : kUnalignedRows));
   plan->reason = "one block per row serves every width";
   return GQA_STATUS_OK;
 }

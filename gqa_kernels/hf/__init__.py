@@ -1,1 +1,18 @@
-"""HuggingFace: patch() and unpatch()."""
+"""HuggingFace Llama on these kernels: ``patch(model)``, ``unpatch(model)``, ``with patched(model):``."""
+
+from __future__ import annotations
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "gqa_kernels.patch needs transformers>=5.17, which is not installed: pip install 'gqa_kernels[hf]'"
+    ) from error
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
+    raise ImportError(f"gqa_kernels.patch needs transformers>=5.17, got {transformers.__version__}")
+
+from gqa_kernels.hf.patching import patch, patched, unpatch
+from gqa_kernels.hf.report import ModuleReport, PatchReport
+
+__all__ = ["ModuleReport", "PatchReport", "patch", "patched", "unpatch"]

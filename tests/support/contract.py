@@ -21,11 +21,11 @@ def flat(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
-def assert_same(actual: Any, expected: Any) -> None:
+def assert_same(actual: Any, expected: Any, what: str = "output") -> None:
     got, want = flat(actual), flat(expected)
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want)):
-        assert same_bytes(a, b), f"output {i} differs"
+        assert same_bytes(a, b), f"{what} {i} differs"
 
 
 def assert_compiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

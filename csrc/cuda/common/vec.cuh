@@ -46,6 +46,22 @@ __device__ __forceinline__ void store_vec(T *at, const Vec<T> &vec) {
   *reinterpret_cast<Vec<T> *>(at) = vec;
 }
 
+// N elements moved at once: a vector where N is Vec<T>::kSize, an element where N is 1.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Run {
+  T value[N];
+};
+
+template <int N, typename T>
+__device__ __forceinline__ Run<T, N> load_run(const T *at) {
+  return *reinterpret_cast<const Run<T, N> *>(at);
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_run(T *at, const Run<T, N> &run) {
+  *reinterpret_cast<Run<T, N> *>(at) = run;
+}
+
 __host__ __device__ __forceinline__ bool is_aligned16(const void *pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }

@@ -1,0 +1,211 @@
+"""The memory-bound ops, against a plain copy that moves the same bytes; the whole FFN, against reading its weights.
+
+The main figure rotates over at most 64 inputs, so that small ones are in the L2 cache, as in a model's step; "(cold)"
+rotates over as many as it takes to find a cold cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import gqa_kernels
+from benchmarks import peers, shapes
+from benchmarks.case import OURS, Case, Contestant, Inputs
+from benchmarks.check import assert_close
+from benchmarks.report import Goal
+from benchmarks.timing import Settings
+
+EPS = 1e-5
+WARM_COPIES = 64
+Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+TB_PER_S = 2e12  # the floor under large shapes
+
+Sizes = dict[str, tuple[int, ...]]
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def _add_norm(x: Inputs) -> tuple[Tensor, Tensor]:
+    total = x["x"] + x["residual"]
+    return _norm(total, x["weight"]), total
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As LlamaAttention does it: x ``[1, S, H, D]``, tables ``[S, D / 2]``."""
+    cos, sin = (torch.cat([t, t], -1)[None, :, None].to(x.dtype) for t in (cos, sin))
+    half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+    return x * cos + half * sin
+
+
+def _rope(x: Inputs) -> tuple[Tensor, Tensor]:
+    return _rotate(x["q"], x["cos"], x["sin"]), _rotate(x["k"], x["cos"], x["sin"])
+
+
+def _ffn(x: Inputs) -> Tensor:
+    gate, up = functional.linear(x["x"], x["w_gate"]), functional.linear(x["x"], x["w_up"])
+    return functional.linear(functional.silu(gate) * up, x["w_down"])
+
+
+def _rope_in_place(x: Inputs) -> tuple[Tensor, Tensor]:
+    gqa_kernels.rope_(x["q"], x["k"], x["cos"], x["sin"])
+    return x["q"], x["k"]
+
+
+def cases(settings: Settings, quick: bool) -> Iterator[Case]:
+    hidden, intermediate = shapes.HIDDEN, shapes.INTERMEDIATE
+    rows, tokens = shapes.ROWS_QUICK if quick else shapes.ROWS, [] if quick else shapes.FFN_TOKENS
+    if not settings.cuda:
+        hidden, intermediate = shapes.HIDDEN_CPU, shapes.INTERMEDIATE_CPU
+        rows, tokens = shapes.ROWS_CPU[:1] if quick else shapes.ROWS_CPU, [] if quick else shapes.FFN_TOKENS_CPU
+    for count in rows:
+        yield from _row_cases(settings, count, hidden, intermediate)
+    for count in tokens:
+        sizes = {"w_gate": (intermediate, hidden), "w_up": (intermediate, hidden), "w_down": (hidden, intermediate)}
+        ours = Contestant(OURS, lambda x: gqa_kernels.swiglu_ffn(x["x"], x["w_gate"], x["w_up"], x["w_down"]))
+        case = _case(
+            settings, "swiglu_ffn", f"{count} x {hidden}/{intermediate}", {"x": (count, hidden), **sizes}, ours, _ffn
+        )
+        if count >= 256:  # bound by its products, no longer by reading the weights
+            case.limit, case.flops = "matmul", 6.0 * count * hidden * intermediate
+        else:
+            case.limit, case.traffic = "read", 3 * hidden * intermediate * _dtype(settings).itemsize
+        yield case
+
+
+def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) -> Iterator[Case]:
+    wide, narrow = (rows, intermediate), (rows, hidden)
+    shape = f"{rows} x {hidden}"
+    yield _case(
+        settings,
+        "rmsnorm",
+        shape,
+        {"x": narrow, "weight": (hidden,)},
+        Contestant(OURS, lambda x: gqa_kernels.rmsnorm(x["x"], x["weight"], EPS)),
+        lambda x: _norm(x["x"], x["weight"]),
+        [
+            Contestant("F.rms_norm", lambda x: functional.rms_norm(x["x"], (hidden,), x["weight"], EPS)),
+            *peers.flashinfer_op(settings.device, lambda f: lambda x: f.rmsnorm(x["x"], x["weight"], EPS)),
+        ],
+    )
+    yield _case(
+        settings,
+        "add_rmsnorm",
+        shape,
+        {"x": narrow, "residual": narrow, "weight": (hidden,)},
+        Contestant(OURS, lambda x: gqa_kernels.add_rmsnorm(x["x"], x["residual"], x["weight"], EPS)),
+        _add_norm,
+        peers.flashinfer_op(settings.device, _flashinfer_add_norm),
+    )
+    yield _case(
+        settings,
+        "residual_add",
+        shape,
+        {"x": narrow, "residual": narrow},
+        Contestant(OURS, lambda x: gqa_kernels.residual_add(x["x"], x["residual"])),
+        lambda x: x["x"] + x["residual"],
+    )
+    yield _case(
+        settings,
+        "swiglu",
+        f"{rows} x {intermediate}",
+        {"gate": wide, "up": wide},
+        Contestant(OURS, lambda x: gqa_kernels.swiglu(x["gate"], x["up"])),
+        lambda x: functional.silu(x["gate"]) * x["up"],
+    )
+    rope_sizes: Sizes = {
+        "q": (1, rows, Q_HEADS, HEAD_DIM),
+        "k": (1, rows, KV_HEADS, HEAD_DIM),
+        "cos": (rows, HEAD_DIM // 2),
+        "sin": (rows, HEAD_DIM // 2),
+    }
+    name = f"{rows} tokens {Q_HEADS}:{KV_HEADS} D{HEAD_DIM}"
+    ours = Contestant(OURS, lambda x: gqa_kernels.rope(x["q"], x["k"], x["cos"], x["sin"]))
+    yield _case(settings, "rope", name, rope_sizes, ours, _rope)
+    in_place = peers.flashinfer_op(settings.device, _flashinfer_rope)
+    yield _case(settings, "rope_", name, rope_sizes, Contestant(OURS, _rope_in_place), _rope, in_place, eager_too=False)
+
+
+def _flashinfer_add_norm(flashinfer: Any) -> Callable[[Inputs], Any]:
+    def call(x: Inputs) -> tuple[Tensor, Tensor]:
+        flashinfer.fused_add_rmsnorm(x["x"], x["residual"], x["weight"], EPS)
+        return x["x"], x["residual"]
+
+    return call
+
+
+def _flashinfer_rope(flashinfer: Any) -> Callable[[Inputs], Any]:
+    prepared: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def call(x: Inputs) -> tuple[Tensor, Tensor]:
+        key = x["cos"].data_ptr()
+        if key not in prepared:
+            table = torch.cat([x["cos"], x["sin"]], -1).float()
+            prepared[key] = torch.arange(len(table), device=table.device), table
+        positions, table = prepared[key]
+        q, k = x["q"][0].flatten(1), x["k"][0].flatten(1)
+        flashinfer.apply_rope_with_cos_sin_cache_inplace(positions, q, k, HEAD_DIM, table, True)
+        return x["q"], x["k"]
+
+    return call
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    return torch.bfloat16 if settings.cuda else torch.float32
+
+
+def _case(
+    settings: Settings,
+    op: str,
+    shape: str,
+    sizes: Sizes,
+    ours: Contestant,
+    eager: Callable[[Inputs], Any],
+    others: list[Contestant] | tuple[()] = (),
+    *,
+    eager_too: bool = True,
+) -> Case:
+    dtype = _dtype(settings)
+
+    def make() -> Inputs:
+        values = {n: torch.randn(size, device=settings.device) for n, size in sizes.items()}
+        if "cos" in values:
+            angle = values["cos"]
+            values["cos"], values["sin"] = angle.cos(), angle.sin()
+        scale = {n: size[-1] ** -0.5 if n.startswith("w_") else 1.0 for n, size in sizes.items()}
+        return {
+            n: (value * scale[n]).to(torch.float32 if n in ("cos", "sin") else dtype) for n, value in values.items()
+        }
+
+    def check(x: Inputs, out: Any) -> None:
+        reference = eager({n: value.float() for n, value in x.items()})
+        assert_close(out, reference if isinstance(reference, tuple) else [reference])
+
+    made = make()
+    result = eager(made)
+    outputs = result if isinstance(result, tuple) else (result,)
+    moved = sum(tensor.nbytes for tensor in (*made.values(), *outputs))
+    large = settings.cuda and op != "swiglu_ffn" and moved >= 64e6
+    contestants = [ours, *others]
+    if eager_too:
+        contestants += [Contestant("torch eager", eager), *peers.compiled(eager, settings.device)]
+    return Case(
+        group="ops",
+        op=op,
+        shape=shape,
+        make=make,
+        contestants=contestants,
+        check=check,
+        limit="copy",
+        traffic=moved,
+        most_copies=WARM_COPIES,
+        cold_too=True,
+        goal=Goal(rate=TB_PER_S) if large else None,
+    )

@@ -1,0 +1,171 @@
+"""A table on stdout, JSON with the circumstances, and a plot."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COLUMNS = ["shape", "by", "kernel us", "call us", "TFLOP/s", "GB/s", "limit us", "share", "vs best peer"]
+
+
+@dataclass
+class Row:
+    group: str
+    op: str
+    shape: str
+    impl: str
+    kernel_us: float | None = None  # device time, from a CUDA graph
+    call_us: float | None = None  # a call from Python
+    limit: str = ""  # what bounds it: "read", "copy" or "matmul"
+    limit_us: float | None = None
+    share: float | None = None  # limit_us / us
+    tflops: float | None = None
+    bytes_per_s: float | None = None
+    tokens_per_s: float | None = None
+    best_peer: str | None = None
+    vs_best_peer: float | None = None  # the best peer's time over ours
+
+    @property
+    def us(self) -> float:
+        return self.kernel_us or self.call_us or float("nan")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A floor under our time: ``share`` of the limit, ``rate`` in bytes/s, or ``peer`` x that peer's speed."""
+
+    share: float | None = None
+    rate: float | None = None
+    peer: tuple[str, float] | None = None
+
+    def verdict(self, rows: list[Row]) -> str:
+        ours = rows[0]
+        if self.share is not None:
+            share = ours.share or 0.0
+            text, met = f"{1 / max(share, 1e-9):.2f} x the floor, at most {1 / self.share:.1f} x", share >= self.share
+        elif self.rate is not None:
+            rate = ours.bytes_per_s or 0.0
+            text, met = f"{rate / 1e12:.2f} TB/s, at least {self.rate / 1e12:.1f}", rate >= self.rate
+        else:
+            name, least = self.peer or ("", 0.0)
+            peer = next((row for row in rows if row.impl == name), None)
+            if peer is None:
+                return f"{ours.op} {ours.shape}: {name} did not run"
+            text, met = f"{peer.us / ours.us:.2f} x {name}, at least {least:.2f} x", peer.us / ours.us >= least
+        return f"{ours.op} {ours.shape}: {text}: {'met' if met else 'MISSED'}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.1f}"
+
+
+def _cells(row: Row) -> list[str]:
+    share = f"{row.share:.0%} of {row.limit}" if row.share is not None else "-"
+    peer = f"{row.vs_best_peer:.2f} x {row.best_peer}" if row.vs_best_peer is not None else "-"
+    if row.tokens_per_s is not None:
+        share = f"{row.tokens_per_s:.1f} tok/s"
+    rate = row.bytes_per_s / 1e9 if row.bytes_per_s is not None else None
+    numbers = [row.kernel_us, row.call_us, row.tflops, rate, row.limit_us]
+    return [f"{row.op} {row.shape}", row.impl, *(_number(value) for value in numbers), share, peer]
+
+
+def table(rows: list[Row]) -> str:
+    lines = [COLUMNS] + [_cells(row) for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = []
+    for i, line in enumerate(lines):
+        repeated = i > 1 and line[0] == lines[i - 1][0]
+        cells = ["" if repeated else line[0], *line[1:]]
+        text.append("  ".join(c.ljust(w) if j < 2 else c.rjust(w) for j, (c, w) in enumerate(zip(cells, widths))))
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in text)
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def circumstances(device: str, reader: str, commit: str | None = None) -> dict[str, Any]:
+    """Where and how the numbers came to be."""
+    found: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "commit": commit or _output("git", "rev-parse", "HEAD"),
+        "changed_files": (_output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "read_floor": reader,
+        "data": "randn",
+    }
+    if device == "cuda":
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {
+            "gpu": torch.cuda.get_device_name(),
+            "driver": driver.splitlines()[0] if driver else None,
+            "cuda": torch.version.cuda,
+        }
+    return found
+
+
+def file_stem(group: str, device: str, suffix: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return "-".join(filter(None, [name.lower().replace(" ", "-"), group, suffix]))
+
+
+def write_json(path: Path, rows: list[Row], about: dict[str, Any], skipped: dict[str, dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "skipped": skipped, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+def write_plot(path: Path, rows: list[Row], title: str) -> bool:
+    """Bars of time per shape and contestant, the limit as a line across; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(f"{row.op}\n{row.shape}" for row in rows))
+    impls = list(dict.fromkeys(row.impl for row in rows))
+    width = 0.8 / len(impls)
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.5 + 0.9 * len(shapes)), 5))
+    for i, impl in enumerate(impls):
+        mine = [(shapes.index(f"{row.op}\n{row.shape}"), row.us) for row in rows if row.impl == impl]
+        axes.bar([at - 0.4 + (i + 0.5) * width for at, _ in mine], [us for _, us in mine], width, label=impl)
+    for row in rows:
+        if row.limit_us is not None:
+            at = shapes.index(f"{row.op}\n{row.shape}")
+            axes.hlines(row.limit_us, at - 0.45, at + 0.45, colors="black", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_ylabel("us (black line: limit of the machine)")
+    axes.set_xticks(range(len(shapes)), shapes, rotation=60, ha="right", fontsize=7)
+    axes.set_title(title)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True

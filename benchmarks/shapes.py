@@ -1,0 +1,120 @@
+"""The shapes: those that results are published for on CUDA, small ones on the CPU, a handful for --quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def _length(tokens: int) -> str:
+    return f"S{tokens // 1024}k" if tokens % 1024 == 0 else f"S{tokens}"
+
+
+@dataclass(frozen=True)
+class Attention:
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    seqlen: int  # of the keys; in prefill of the queries too
+    causal: bool = True
+    lengths: tuple[int, ...] = ()  # decode: one per row, instead of seqlen for all
+
+    @property
+    def heads(self) -> str:
+        return f"{self.q_heads}:{self.kv_heads} D{self.head_dim}"
+
+    @property
+    def decode_name(self) -> str:
+        if self.lengths:
+            return f"{self.heads} B{self.batch} lengths {'/'.join(map(str, self.lengths))}"
+        return f"{self.heads} B{self.batch} {_length(self.seqlen)}"
+
+    @property
+    def prefill_name(self) -> str:
+        return f"{self.heads} {'causal' if self.causal else 'full'} B{self.batch} {_length(self.seqlen)}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    rows: int
+    width: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows} x {self.width}"
+
+
+def _decode(heads: tuple[int, int, int], *sizes: tuple[int, int]) -> list[Attention]:
+    return [Attention(*heads, batch, seqlen) for batch, seqlen in sizes]
+
+
+def _prefill(heads: tuple[int, int, int], *sizes: tuple[int, int], causal: bool = True) -> list[Attention]:
+    return [Attention(*heads, batch, seqlen, causal) for batch, seqlen in sizes]
+
+
+K = 1024
+
+DECODE = [
+    *_decode((32, 8, 128), (1, K), (1, 4 * K), (1, 16 * K), (1, 128 * K), (8, 4 * K), (16, 2 * K), (64, 4 * K)),
+    *_decode((14, 2, 64), (1, 2 * K), (64, 4 * K)),
+    *_decode((32, 32, 96), (1, 4 * K), (16, 4 * K)),
+    *_decode((8, 8, 64), (16, 2 * K)),
+    *_decode((8, 2, 64), (16, 2 * K)),
+    *_decode((28, 4, 128), (1, 8 * K), (16, 8 * K)),
+    *_decode((32, 1, 128), (32, 8 * K)),
+    *_decode((16, 8, 256), (4, 4 * K)),
+    Attention(64, 8, 128, 3, 20000, lengths=(5, 777, 20000)),
+]
+DECODE_QUICK = _decode((32, 8, 128), (16, 2 * K))
+DECODE_CPU = [
+    *_decode((32, 8, 128), (1, K)),
+    *_decode((14, 2, 64), (2, K)),
+    *_decode((8, 8, 64), (2, 512)),
+    Attention(8, 2, 64, 3, 700, lengths=(5, 77, 700)),
+]
+
+PREFILL = [
+    *_prefill((32, 8, 128), (1, 512), (1, K), (1, 2 * K), (1, 4 * K), (1, 8 * K), (1, 16 * K), (1, 32 * K), (8, 2 * K)),
+    *_prefill((32, 8, 128), (2, 8 * K), causal=False),
+    *_prefill((28, 4, 128), (1, 8 * K)),
+    *_prefill((14, 2, 64), (1, 2 * K), (4, 8 * K)),
+    *_prefill((14, 2, 64), (4, 8 * K), causal=False),
+    *_prefill((32, 32, 96), (1, 4 * K), (4, 4 * K)),
+    *_prefill((32, 32, 96), (4, 4 * K), causal=False),
+    *_prefill((16, 8, 256), (1, 8 * K)),
+]
+PREFILL_QUICK = _prefill((32, 8, 128), (1, 4 * K))
+PREFILL_CPU = [*_prefill((8, 2, 64), (1, 256)), *_prefill((14, 2, 64), (1, 128)), Attention(4, 4, 96, 2, 100, False)]
+
+ROWS = [1, 16, 512, 8192]
+ROWS_QUICK = [8192]
+ROWS_CPU = [1, 512]
+HIDDEN, INTERMEDIATE = 4096, 14336
+HIDDEN_CPU, INTERMEDIATE_CPU = 1024, 2048
+FFN_TOKENS = [1, 16, 2048]
+FFN_TOKENS_CPU = [1]
+
+SAMPLE = [Rows(1, 151936), Rows(1, 128256), Rows(16, 128256), Rows(64, 128256)]
+SAMPLE_CPU = [Rows(1, 32000), Rows(4, 32000)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama with random weights; prompt tokens in the context, new tokens generated."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    vocab: int
+    prompt: int
+    new_tokens: int
+
+
+MODELS = [
+    Model("Llama-3.1-8B shape, 4 layers", 4096, 14336, 4, 32, 8, 128256, 2048, 64),
+    Model("Qwen2.5-0.5B shape", 896, 4864, 24, 14, 2, 151936, 2048, 64),
+]
+MODELS_CPU = [Model("4 layers of 256, 8:2", 256, 688, 4, 8, 2, 1000, 64, 16)]

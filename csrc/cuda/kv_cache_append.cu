@@ -1,0 +1,83 @@
+// kv_cache_append: writes new keys, rotated if asked, and values to their rows of the cache.
+// One thread per 8 elements of a new token's head, consecutive threads along the head, then heads, then tokens.
+// Memory order: lengths and page id (cached), k and its rotation partner, tables, k row out; v, v row out.
+// Limits: head_dim a multiple of 8; rows that are not 16-byte aligned are moved element by element.
+// Determinism: each cache row has one writer, so bitwise repeatable.
+#include "cuda/common/kv_cache_append.cuh"
+
+#include "common/attention.h"
+#include "cuda/common/rotary.cuh"
+
+namespace gqa::cuda {
+namespace {
+
+struct NewRow {
+  bool valid;
+  int64_t source;    // row of k and v
+  int64_t row;       // row of the cache
+  int64_t position;  // of its rotation, where none is given
+};
+
+__device__ NewRow find_row(const gqa_kv_cache_append_params &p, int64_t b, int64_t token) {
+  int64_t start = 0, length = p.seqlen;
+  bool valid = true;
+  if (p.cu_seqlens.data != nullptr) valid = load_span(p.cu_seqlens, b, p.total_tokens, p.seqlen, &start, &length);
+  const int64_t cached = load_index_or(p.cache_seqlens, 0, b), leftpad = load_index_or(p.cache_leftpad, 0, b);
+  const bool fits = p.v_cache == nullptr || (cached >= 0 && cached + length <= p.cache_capacity);
+  valid = valid && token < length && fits && leftpad >= 0;
+  return {valid, start + token, cached + token, cached + token - leftpad};
+}
+
+template <typename T>
+__global__ void __launch_bounds__(256) append_chunks(const __grid_constant__ gqa_kv_cache_append_params p) {
+  const int64_t chunks = p.head_dim / kChunk;
+  int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int first = static_cast<int>(index % chunks) * kChunk;
+  index /= chunks;
+  const int64_t head = index % p.num_kv_heads;
+  index /= p.num_kv_heads;
+  const int64_t b = index / p.seqlen;
+  if (b >= p.batch) return;
+  const NewRow row = find_row(p, b, index % p.seqlen);
+  if (!row.valid) return;
+  const int64_t batch = p.cu_seqlens.data != nullptr ? 0 : b;
+  const int64_t k_to = p.v_cache == nullptr
+                           ? batch * p.k_cache_stride[0] + row.source * p.k_cache_stride[1] + head * p.k_cache_stride[2]
+                           : cache_offset(p, p.k_cache_stride, b, row.row, head);
+  if (k_to >= 0) {
+    const T *from =
+        static_cast<const T *>(p.k) + batch * p.k_stride[0] + row.source * p.k_stride[1] + head * p.k_stride[2];
+    T *to = static_cast<T *>(p.k_cache) + k_to + first;
+    if (p.rotary.cos == nullptr) {
+      copy_chunk(from + first, to);
+    } else {
+      float x[kChunk];
+      load_rotated_chunk(from, first, p.rotary, rotary_offset(p.rotary, b, row.source, row.position), x);
+      store_chunk(to, x);
+    }
+  }
+  if (p.v_cache == nullptr) return;
+  if (const int64_t v_to = cache_offset(p, p.v_cache_stride, b, row.row, head); v_to >= 0) {
+    const T *from =
+        static_cast<const T *>(p.v) + batch * p.v_stride[0] + row.source * p.v_stride[1] + head * p.v_stride[2];
+    copy_chunk(from + first, static_cast<T *>(p.v_cache) + v_to + first);
+  }
+}
+
+}  // namespace
+
+gqa_status launch_append(const gqa_kv_cache_append_params &p, const gqa_launch &plan, cudaStream_t stream) {
+  return dispatch_float(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return launch(append_chunks<T>, plan, stream, p);
+  });
+}
+
+}  // namespace gqa::cuda
+
+extern "C" gqa_status gqa_kv_cache_append_cuda(const gqa_kv_cache_append_params *p, CUstream_st *stream) {
+  gqa_plan plan;
+  GQA_RETURN_IF_ERROR(gqa_kv_cache_append_plan(p, nullptr, &plan));
+  if (plan.num_launches == 0) return GQA_STATUS_OK;
+  return gqa::cuda::launch_append(*p, plan.launches[0], stream);
+}

@@ -1,0 +1,141 @@
+// rope: rotates each head of q and k by the angles of its token; pairs are (i, i + dim / 2) or (2i, 2i + 1).
+// A block is one token or a few: x walks a head by units of 1 or 16 bytes' worth of pairs, y heads, z tokens.
+// Memory order: position, cos and sin once per thread for all its heads; then two heads read, rotated and written.
+// Limits: any head_dim, strides and alignment; what is not whole aligned 16-byte vectors takes the scalar instance.
+// Determinism: no reductions, each product rounds by itself; bitwise repeatable, in place equals out of place.
+#include "plan/rope.h"
+
+#include "common/attention.h"
+#include "common/rotate.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/vec.cuh"
+
+namespace gqa::cuda {
+namespace {
+
+constexpr int kHeads = 2;
+
+// N consecutive table entries as float, in 16-byte loads where N > 1; NaN for a position outside the table.
+template <int N, typename C>
+__device__ void load_angles(const void *table, int64_t offset, int64_t pair, float (&angle)[N]) {
+  constexpr int kStep = N == 1 ? 1 : Vec<C>::kSize;
+#pragma unroll
+  for (int i = 0; i < N; i += kStep) {
+    Run<C, kStep> run;
+    if (offset >= 0) run = load_run<kStep>(static_cast<const C *>(table) + offset + pair + i);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) angle[i + j] = offset >= 0 ? to_float(run.value[j]) : __int_as_float(0x7fc00000);
+  }
+}
+
+// N pairs of one head: the runs that hold their halves, or two runs side by side where pairs are interleaved.
+template <typename T, int N, bool kInterleaved>
+struct Unit {
+  Run<T, N> low, high;
+
+  __device__ static int64_t low_at(int64_t pair) { return kInterleaved ? 2 * pair : pair; }
+  __device__ static int64_t high_at(int64_t pair, int64_t half) { return kInterleaved ? 2 * pair + N : pair + half; }
+
+  __device__ void load(const T *head, int64_t pair, int64_t half) {
+    low = load_run<N>(head + low_at(pair));
+    high = load_run<N>(head + high_at(pair, half));
+  }
+
+  __device__ void store(T *head, int64_t pair, int64_t half) const {
+    store_run(head + low_at(pair), low);
+    store_run(head + high_at(pair, half), high);
+  }
+
+  __device__ T &at(int i) { return i < N ? low.value[i] : high.value[i - N]; }
+
+  __device__ void rotate(const float (&cosine)[N], const float (&sine)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      T &a = at(kInterleaved ? 2 * i : i), &b = at(kInterleaved ? 2 * i + 1 : N + i);
+      const Pair rotated = rotate_pair(to_float(a), to_float(b), cosine[i], sine[i]);
+      a = from_float<T>(rotated.first);
+      b = from_float<T>(rotated.second);
+    }
+  }
+};
+
+template <typename T>
+struct Head {
+  const T *in;
+  T *out;
+};
+
+// q's heads, then k's.
+template <typename T>
+__device__ Head<T> head_at(const gqa_rope_params &p, int64_t b, int64_t s, int64_t head) {
+  const bool is_q = head < p.num_q_heads;
+  const int64_t h = is_q ? head : head - p.num_q_heads;
+  const int64_t in = b * (is_q ? p.q_stride[0] : p.k_stride[0]) + s * (is_q ? p.q_stride[1] : p.k_stride[1]) +
+                     h * (is_q ? p.q_stride[2] : p.k_stride[2]);
+  const int64_t out = b * (is_q ? p.q_out_stride[0] : p.k_out_stride[0]) +
+                      s * (is_q ? p.q_out_stride[1] : p.k_out_stride[1]) +
+                      h * (is_q ? p.q_out_stride[2] : p.k_out_stride[2]);
+  return {static_cast<const T *>(is_q ? p.q : p.k) + in, static_cast<T *>(is_q ? p.q_out : p.k_out) + out};
+}
+
+template <typename T, typename C, int N, bool kInterleaved>
+__global__ void __launch_bounds__(256) rope_kernel(const __grid_constant__ gqa_rope_params p) {
+  const uint32_t seqlen = static_cast<uint32_t>(p.seqlen);  // the plan keeps the number of tokens below 2^31
+  const uint32_t token = blockIdx.x * blockDim.z + threadIdx.z;
+  if (token >= static_cast<uint32_t>(p.batch) * seqlen) return;
+  const int64_t b = token / seqlen, s = token % seqlen;
+  const int64_t offset = rotary_offset(p.rotary, b, s, s);
+  const int heads = p.num_q_heads + (p.k != nullptr ? p.num_kv_heads : 0);
+  const int half = p.rotary.dim / 2;
+  for (int pair = threadIdx.x * N; pair < half; pair += blockDim.x * N) {
+    float cosine[N], sine[N];
+    load_angles<N, C>(p.rotary.cos, offset, pair, cosine);
+    load_angles<N, C>(p.rotary.sin, offset, pair, sine);
+    for (int first = threadIdx.y; first < heads; first += kHeads * blockDim.y) {
+      Unit<T, N, kInterleaved> unit[kHeads];
+#pragma unroll
+      for (int i = 0; i < kHeads; ++i) {
+        const int head = first + i * blockDim.y;
+        if (head < heads) unit[i].load(head_at<T>(p, b, s, head).in, pair, half);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeads; ++i) {
+        const int head = first + i * blockDim.y;
+        if (head >= heads) continue;
+        unit[i].rotate(cosine, sine);
+        unit[i].store(head_at<T>(p, b, s, head).out, pair, half);
+      }
+    }
+  }
+  if (p.rotary.dim == p.head_dim) return;
+  for (int head = threadIdx.y; head < heads; head += blockDim.y) {
+    const Head<T> at = head_at<T>(p, b, s, head);
+    if (at.in == at.out) continue;
+    for (int i = p.rotary.dim + threadIdx.x * N; i < p.head_dim; i += blockDim.x * N) {
+      store_run(at.out + i, load_run<N>(at.in + i));
+    }
+  }
+}
+
+template <typename T, typename C>
+gqa_status run(const gqa_rope_params *p, const gqa_launch &plan, cudaStream_t stream) {
+  constexpr int kVector = Vec<T>::kSize;
+  const bool interleaved = p->rotary.interleaved != 0;
+  auto *vector = interleaved ? rope_kernel<T, C, kVector, true> : rope_kernel<T, C, kVector, false>;
+  auto *scalar = interleaved ? rope_kernel<T, C, 1, true> : rope_kernel<T, C, 1, false>;
+  return launch(plan.variant ? vector : scalar, plan, stream, *p);
+}
+
+}  // namespace
+}  // namespace gqa::cuda
+
+extern "C" gqa_status gqa_rope_cuda(const gqa_rope_params *p, CUstream_st *stream) {
+  gqa_plan plan;
+  GQA_RETURN_IF_ERROR(gqa_rope_plan(p, nullptr, &plan));
+  if (plan.num_launches == 0) return GQA_STATUS_OK;
+  return gqa::cuda::dispatch_float(p->dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    return p->rotary.dtype == p->dtype ? gqa::cuda::run<T, T>(p, plan.launches[0], stream)
+                                       : gqa::cuda::run<T, float>(p, plan.launches[0], stream);
+  });
+}

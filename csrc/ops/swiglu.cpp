@@ -1,0 +1,66 @@
+// swiglu: checks, then params for the CPU twin or the CUDA kernel.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "ops/rows.h"
+#include "ops/run.h"
+#include "plan/pointwise.h"
+
+namespace gqa::ops {
+namespace {
+
+constexpr auto kOp = "swiglu";
+
+// `up` is the tensor of that name, or the second half of each row of `gate`.
+void apply(const Rows &gate, const Rows &up, int64_t up_offset, const Rows &out) {
+  gqa_swiglu_params p{};
+  p.struct_size = sizeof(p);
+  p.dtype = gqa_dtype_of(out.tensor);
+  p.gate = gate.tensor.data_ptr();
+  p.up = static_cast<const char *>(up.tensor.data_ptr()) + up_offset * static_cast<int64_t>(up.tensor.element_size());
+  p.out = out.tensor.data_ptr();
+  p.hidden = out.width;
+  for (int i = 0; i < 2; ++i) {
+    p.rows[i] = out.count[i];
+    p.gate_stride[i] = gate.stride[i];
+    p.up_stride[i] = up.stride[i];
+    p.out_stride[i] = out.stride[i];
+  }
+  if (out.tensor.numel() != 0) {
+    run(GQA_ENTRY(kOp, swiglu, gqa_swiglu_params), p, out.tensor, std::min(p.hidden, kCpuSpan));
+  }
+}
+
+Tensor swiglu(const Tensor &gate, const std::optional<Tensor> &up) {
+  check_device(kOp, "gate", gate);
+  check_float_dtype(kOp, "gate", gate);
+  if (up.has_value()) {
+    if (gate.dim() < 1) fail(kOp, "gate must be [..., hidden], got shape " + shape_string(gate));
+    check_same_shape(kOp, "up", *up, "gate", gate);
+    check_same_dtype(kOp, "up", *up, "gate", gate);
+    check_same_device(kOp, "up", *up, "gate", gate);
+    const auto rows = as_rows({gate, *up, new_contiguous(gate)});
+    apply(rows[0], rows[1], 0, rows[2]);
+    return rows[2].tensor;
+  }
+  const int64_t width = gate.dim() < 1 ? 1 : gate.size(gate.dim() - 1);
+  if (width % 2 != 0) {
+    fail(kOp,
+         "gate must be [..., 2 * hidden], gate and up side by side, where up is None; got shape " + shape_string(gate));
+  }
+  std::vector<int64_t> sizes(gate.sizes().begin(), gate.sizes().end());
+  sizes.back() = width / 2;
+  Tensor out = torch::stable::new_empty(gate, {sizes.data(), sizes.size()});
+  const auto rows = as_rows({gate, out});
+  apply(rows[0], rows[0], width / 2, rows[1]);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+
+STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+
+}  // namespace gqa::ops

@@ -1,0 +1,436 @@
+"""Grouped-query attention (arXiv:2305.13245) over dense, ragged, cached and paged keys, and what belongs to it.
+
+The kernels follow FlashAttention-2 (arXiv:2307.08691): online softmax over blocks of keys, never a matrix of scores in
+memory; decode divides long caches as Flash-Decoding does. Sinks are an extra logit per head (arXiv:2309.17453).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gqa_kernels._library import ops, refuse_grad
+from gqa_kernels.explain import explain
+from gqa_kernels.validation import (
+    validate_block_table,
+    validate_cache_seqlens,
+    validate_cu_seqlens,
+    validate_last_position,
+    validate_leftpad,
+    validate_positions,
+    validating,
+)
+
+Attention = Tensor | tuple[Tensor, Tensor]
+
+
+def gqa_attention_prefill(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_positions: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    num_splits: int = 0,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    workspace: Tensor | None = None,
+) -> Attention:
+    """Attention of many queries: softmax(q kᵀ · scale) v with grouped-query heads.
+
+    The keys are k and v alone; or, with a cache, its first ``cache_seqlens[b]`` rows and then k and v, which are also
+    written to the cache at rows ``cache_seqlens[b]`` and on (chunked prefill); or the cache alone, without k and v.
+    Query i of Sq sits at key position Sk - Sq + i. ``cache_seqlens`` itself is never changed.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or ``[tokens, Hq, D]`` with ``cu_seqlens_q``; float32, float16 or bfloat16. D is a
+            multiple of 8 up to 256.
+        k, v: ``[B, Sk, Hkv, D]``, or ``[tokens, Hkv, D]``; Hkv divides Hq.
+        k_cache, v_cache: ``[B, capacity, Hkv, D]``, or ``[pages, page_size, Hkv, D]`` with ``block_table``. Written in
+            place where k and v are given.
+        cache_seqlens: int32 or int64 ``[B]``, or 0-d for one length for all: tokens in the cache before this call.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[B + 1]``: sequence b is rows ``cu[b]`` to ``cu[b + 1]``. With a
+            cache, ``cu_seqlens_q`` divides k and v too. Rows of q past the last offset give 0.
+        max_seqlen_q, max_seqlen_k: upper bounds of the ragged lengths; a longer sequence becomes NaN. None takes the
+            number of tokens, which is safe and, on a GPU, slower.
+        causal: query at position p sees keys up to p.
+        cache_leftpad: int32 or int64 ``[B]``: keys before it do not exist; also without a cache.
+        block_table: int32 or int64 ``[B, max_pages]``: the pages of each sequence in order.
+        rotary_cos, rotary_sin: a table ``[positions, R / 2]``, or a row for each token ``[B or 1, Sq, R / 2]``; float32
+            or the dtype of q. Rotates q and k (never cached keys), rounding each to its dtype.
+        rotary_positions: ``[B or 1, Sq]`` or ``[tokens]``: row of the table for each token. None: the token's key
+            position less ``cache_leftpad``.
+        rotary_interleaved: pairs are (2i, 2i + 1) rather than (i, i + R / 2).
+        softmax_scale: None is 1 / √D.
+        window_size: (left, right): a query at position p sees keys from p - left to p + right; -1 is unlimited.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none.
+        sinks: ``[Hq]``, float32 or the dtype of q: a logit of each head that takes weight and gives nothing. It is
+            neither scaled nor capped, and is part of the lse.
+        k_scale, v_scale: for quantised caches, not supported yet.
+        num_splits: parts the keys are divided into on a GPU; 0 chooses.
+        batch_invariant: on a GPU, a row's bytes do not depend on the batch around it.
+        return_lse: also return the log-sum-exp.
+        workspace: uint8 memory on q's device, of :func:`gqa_attention_prefill_workspace_size` bytes; None allocates it.
+
+    Returns:
+        out like q, contiguous; with ``return_lse`` ``(out, lse)``, lse float32 ``[B, Hq, Sq]`` or ``[Hq, tokens]``, the
+        natural logarithm. A query that sees no key gives out 0 and lse -inf. A sequence whose lengths or offsets are
+        out of range gives NaN and writes nothing; so do queries that reach a page id out of range.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype, device, stride or setting, or an input that requires grad.
+
+    PyTorch equivalent: ``scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+    is_causal=True, enable_gqa=True).transpose(1, 2)`` where Sq == Sk. Accumulation is in float32.
+    """
+    refuse_grad("gqa_attention_prefill", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    options: dict[str, Any] = _options(
+        cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, softmax_scale,
+        window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse, workspace,
+    )  # fmt: skip
+    if k_cache is not None or v_cache is not None:
+        options.update(k_cache=k_cache, v_cache=v_cache)
+    if cache_seqlens is not None:
+        options["cache_seqlens"] = cache_seqlens
+    if cu_seqlens_q is not None:
+        options["cu_seqlens_q"] = cu_seqlens_q
+    if cu_seqlens_k is not None:
+        options["cu_seqlens_k"] = cu_seqlens_k
+    if max_seqlen_q is not None:
+        options["max_seqlen_q"] = max_seqlen_q
+    if max_seqlen_k is not None:
+        options["max_seqlen_k"] = max_seqlen_k
+    if not causal:
+        options["causal"] = False
+    if validating():
+        _validate("gqa_attention_prefill", q, k, **options)
+    out, lse = ops.gqa_attention_prefill(q, k, v, **options)
+    return (out, lse) if return_lse else out
+
+
+def gqa_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_positions: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    num_splits: int = 0,
+    batch_invariant: bool = False,
+    return_lse: bool = False,
+    workspace: Tensor | None = None,
+) -> Attention:
+    """Attention of 1 to 16 new tokens over a cache; with k and v, appends them first. Causal among the new tokens.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, Sq from 1 to 16; float32, float16 or bfloat16. D is a multiple of 8 up to 256.
+        k_cache, v_cache: ``[B, capacity, Hkv, D]``, or ``[pages, page_size, Hkv, D]`` with ``block_table``.
+        k, v: ``[B, Sq, Hkv, D]``: the keys and values of the new tokens, rotated where there are tables and written in
+            place at rows ``cache_seqlens[b]`` and on. None: the new tokens are in the cache already, and
+            ``cache_seqlens`` counts them.
+        cache_seqlens: int32 or int64 ``[B]``, or 0-d: tokens in the cache before this call. Never changed.
+        cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, softmax_scale,
+        window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse: as in
+            :func:`gqa_attention_prefill`.
+        workspace: uint8 memory on q's device, of :func:`gqa_attention_decode_workspace_size` bytes; None allocates it.
+
+    Returns:
+        out like q, contiguous; with ``return_lse`` ``(out, lse)``, lse float32 ``[B, Hq, Sq]``. Bad lengths and page
+        ids give NaN as in :func:`gqa_attention_prefill`.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype, device, stride or setting, or an input that requires grad.
+
+    PyTorch equivalent: write k and v to the caches at ``cache_seqlens[b]``, then for each sequence
+    ``scaled_dot_product_attention(q, cache[:length], …, enable_gqa=True)`` with a bottom-right causal mask.
+    """
+    refuse_grad("gqa_attention_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    options: dict[str, Any] = _options(
+        cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, softmax_scale,
+        window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse, workspace,
+    )  # fmt: skip
+    if validating():
+        _validate("gqa_attention_decode", q, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
+    out, lse = ops.gqa_attention_decode(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **options)
+    return (out, lse) if return_lse else out
+
+
+def kv_cache_append(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_positions: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
+    """Writes k (rotated where there are tables) and v into the cache at rows ``cache_seqlens[b]`` and on.
+
+    Args:
+        k, v: ``[B, S, Hkv, D]`` float32, float16 or bfloat16.
+        k_cache, v_cache: ``[B, capacity, Hkv, D]``, or ``[pages, page_size, Hkv, D]`` with ``block_table``; changed in
+            place.
+        cache_seqlens: int32 or int64 ``[B]``, or 0-d: tokens in the cache before this call. Never changed.
+        cache_leftpad: int32 or int64 ``[B]``: a token's default rotary position is its row less this.
+        block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, k_scale, v_scale: as in
+            :func:`gqa_attention_prefill`.
+
+    A length out of range or a page id out of range drops the write; nothing else is touched.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype, device or stride, or an input that requires grad.
+
+    PyTorch equivalent: ``k_cache[b, n : n + S] = k[b]; v_cache[b, n : n + S] = v[b]`` with ``n = cache_seqlens[b]``.
+    """
+    refuse_grad("kv_cache_append", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    options: dict[str, Any] = _cache_options(
+        cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, k_scale, v_scale
+    )
+    if validating():
+        _validate("kv_cache_append", k, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
+    ops.kv_cache_append(k, v, k_cache, v_cache, cache_seqlens=cache_seqlens, **options)
+
+
+def merge_attention_states(outs: Tensor | Sequence[Tensor], lses: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Joins attention over disjoint parts of the keys into attention over all of them.
+
+    Args:
+        outs: ``[parts, B, Sq, Hq, D]`` or ``[parts, tokens, Hq, D]``, or a sequence of the parts; float32, float16 or
+            bfloat16.
+        lses: ``[parts, B, Hq, Sq]`` or ``[parts, Hq, tokens]``, or a sequence; float32, natural logarithms.
+
+    Returns:
+        ``(out, lse)``. Parts with lse -inf saw no key and count for nothing; where all are, out is 0 and lse -inf.
+        Sinks belong to one part only.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype or device, or an input that requires grad.
+
+    PyTorch equivalent: ``lse = lses.logsumexp(0)`` and ``out = sum over parts of exp(lses - lse) * outs``.
+    Accumulation is in float32.
+    """
+    stacked = outs if isinstance(outs, Tensor) else torch.stack(list(outs))
+    weights = lses if isinstance(lses, Tensor) else torch.stack(list(lses))
+    refuse_grad("merge_attention_states", outs=stacked, lses=weights)
+    result: tuple[Tensor, Tensor] = ops.merge_attention_states(stacked, weights)
+    return result
+
+
+def gqa_attention_prefill_workspace_size(*args: Any, **kwargs: Any) -> int:
+    """Bytes of workspace that :func:`gqa_attention_prefill` needs for these arguments; 0 on the CPU."""
+    return explain("gqa_attention_prefill", *args, **kwargs).workspace_size
+
+
+def gqa_attention_decode_workspace_size(*args: Any, **kwargs: Any) -> int:
+    """Bytes of workspace that :func:`gqa_attention_decode` needs for these arguments; 0 on the CPU."""
+    return explain("gqa_attention_decode", *args, **kwargs).workspace_size
+
+
+def _cache_options(
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_positions: Tensor | None,
+    rotary_interleaved: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> dict[str, Any]:
+    """What differs from the op's defaults: every keyword of a call costs host time."""
+    options: dict[str, Any] = {}
+    if cache_leftpad is not None:
+        options["cache_leftpad"] = cache_leftpad
+    if block_table is not None:
+        options["block_table"] = block_table
+    if rotary_cos is not None or rotary_sin is not None:
+        options.update(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    if rotary_positions is not None:
+        options["rotary_positions"] = rotary_positions
+    if rotary_interleaved:
+        options["rotary_interleaved"] = True
+    if k_scale is not None:
+        options["k_scale"] = k_scale
+    if v_scale is not None:
+        options["v_scale"] = v_scale
+    return options
+
+
+def _options(
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_positions: Tensor | None,
+    rotary_interleaved: bool,
+    softmax_scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    num_splits: int,
+    batch_invariant: bool,
+    return_lse: bool,
+    workspace: Tensor | None,
+) -> dict[str, Any]:
+    options = _cache_options(
+        cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, k_scale, v_scale
+    )
+    if softmax_scale is not None:
+        options["softmax_scale"] = softmax_scale
+    left, right = window_size
+    if left != -1:
+        options["window_left"] = left
+    if right != -1:
+        options["window_right"] = right
+    if softcap != 0.0:
+        options["softcap"] = softcap
+    if sinks is not None:
+        options["sinks"] = sinks
+    if num_splits != 0:
+        options["num_splits"] = num_splits
+    if batch_invariant:
+        options["batch_invariant"] = True
+    if return_lse:
+        options["return_lse"] = True
+    if workspace is not None:
+        options["workspace"] = workspace
+    return options
+
+
+def _validate(
+    op: str,
+    q: Tensor,
+    k: Tensor | None,
+    *,
+    k_cache: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_positions: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """The checks of ``validation()``. Malformed shapes are left to the op, which names them better."""
+    ragged = cu_seqlens_q is not None
+    tensors = ((q, 3 if ragged else 4), (k, 3 if ragged else 4), (k_cache, 4), (block_table, 2), (rotary_cos, None))
+    if any(tensor is not None and dims is not None and tensor.dim() != dims for tensor, dims in tensors):
+        return
+    queries = [q.shape[1]] * q.shape[0] if not ragged else []
+    if cu_seqlens_q is not None:
+        queries = validate_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    new = [0] * len(queries)
+    if k is not None:
+        new = queries if ragged else [k.shape[1]] * len(queries)
+        if cu_seqlens_k is not None:
+            new = validate_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    keys = new
+    if k_cache is not None and cache_seqlens is not None:
+        page_size = k_cache.shape[1]
+        capacity = page_size if block_table is None else page_size * block_table.shape[1]
+        cached = validate_cache_seqlens(op, cache_seqlens, new, capacity)
+        keys = [a + b for a, b in zip(cached, new)]
+        if block_table is not None:
+            validate_block_table(op, block_table, keys, k_cache.shape[0], page_size)
+    leftpad = validate_leftpad(op, cache_leftpad) if cache_leftpad is not None else [0] * len(keys)
+    if rotary_cos is None or rotary_cos.dim() != 2:
+        return
+    if rotary_positions is not None:
+        validate_positions(op, "rotary_positions", rotary_positions, rotary_cos.shape[0])
+    else:
+        last = max((count - pad - 1 for count, pad in zip(keys, leftpad)), default=0)
+        validate_last_position(op, "rotary_cos", last, rotary_cos.shape[0])
+
+
+def _attention_fake(q: Tensor, ragged: bool, return_lse: bool) -> tuple[Tensor, Tensor]:
+    if not return_lse:
+        shape: tuple[Any, ...] = (0,)
+    elif ragged:
+        shape = (q.shape[1], q.shape[0])
+    else:
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("gqa_kernels::gqa_attention_prefill")
+def _prefill_fake(
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    return_lse: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    return _attention_fake(q, cu_seqlens_q is not None, return_lse)
+
+
+@torch.library.register_fake("gqa_kernels::gqa_attention_decode")
+def _decode_fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    return_lse: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    return _attention_fake(q, False, return_lse)
+
+
+@torch.library.register_fake("gqa_kernels::kv_cache_append")
+def _append_fake(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("gqa_kernels::merge_attention_states")
+def _merge_fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])

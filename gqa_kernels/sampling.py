@@ -1,0 +1,178 @@
+"""Drawing tokens from logits: temperature, top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751) and min-p."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from gqa_kernels._library import ops, refuse_grad
+
+_SETTINGS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "offset": 0}
+
+
+@overload
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    offset: int | Tensor = 0,
+    logit_bias: Tensor | None = None,
+    allowed_bitmask: Tensor | None = None,
+    token_counts: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    frequency_penalty: Tensor | None = None,
+    presence_penalty: Tensor | None = None,
+    return_valid: Literal[False] = False,
+    return_logprob: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    offset: int | Tensor = 0,
+    logit_bias: Tensor | None = None,
+    allowed_bitmask: Tensor | None = None,
+    token_counts: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    frequency_penalty: Tensor | None = None,
+    presence_penalty: Tensor | None = None,
+    return_valid: bool = False,
+    return_logprob: bool = False,
+) -> tuple[Tensor, ...]: ...
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor = 0,
+    offset: int | Tensor = 0,
+    logit_bias: Tensor | None = None,
+    allowed_bitmask: Tensor | None = None,
+    token_counts: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    frequency_penalty: Tensor | None = None,
+    presence_penalty: Tensor | None = None,
+    return_valid: bool = False,
+    return_logprob: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Draws one token per row from ``softmax(logits / temperature)`` after its filters.
+
+    Each setting is a number, or a tensor on the device of ``logits``: of no dimensions (one value for all rows), or
+    with one value per row, in the shape of ``logits`` without its last dimension. Tensors can change between the
+    replays of a CUDA graph. Filters apply in the order of the arguments, each to what the one before has kept, and a
+    token that ties with the last one kept is kept too.
+
+    Args:
+        logits: ``[..., vocab]`` float32, float16 or bfloat16, any strides, vocab up to 262144.
+        temperature: divides the logits; 0 is greedy: the largest logit, the lowest id on ties. float32 as a tensor,
+            where a value that is not above 0 is greedy.
+        top_k: keeps the k largest logits; 0 or less keeps all. int32 or int64 as a tensor.
+        top_p: keeps the most probable tokens, up to and including the one with which their probability reaches
+            ``top_p``, relative to what top-k kept; 1 keeps all. float32 as a tensor, where a value that is not
+            above 0 keeps the most probable token and its ties.
+        min_p: keeps tokens at least ``min_p`` times as probable as the most probable one; 0 keeps all. float32 as a
+            tensor, where 1 is the most and less than 0 is 0.
+        seed, offset: the random stream and the place in it, 64 bits each; use a new offset for each token of a
+            sequence. If neither has one value per row, rows differ by their index in the batch. If one has, only
+            these two decide: the row draws the same token alone (as row 0 of a call with numbers) or in any batch.
+            int32 or int64 as tensors.
+        logit_bias, allowed_bitmask, token_counts, repetition_penalty, frequency_penalty, presence_penalty: not
+            supported yet, must be None.
+        return_valid: also return whether the row had something to draw from.
+        return_logprob: also return the log-probability of the token.
+
+    Returns:
+        ``ids``, int64 ``[...]``, always in ``[0, vocab)``; or a tuple ``(ids, valid, logprob)`` of what was asked for.
+        ``valid`` is bool: False for a row that holds a NaN or has no logit above -inf, whose id is that of its largest
+        logit (0 if all are NaN) and whose logprob is NaN. ``logprob`` is float32, the natural logarithm of the
+        token's probability after the filters: 0 for a greedy row. Tokens at -inf, or less probable than 2^-43 times
+        the most probable one, are never drawn; tokens at +inf are drawn alone, equally often.
+
+    Raises:
+        RuntimeError: a wrong shape, dtype, device or number, or an input that requires grad.
+
+    The same logits, settings, seed and offset give the same token on CPU and CUDA: probabilities are summed as
+    integers. They are within 1e-6 (total variation) of the exact softmax.
+
+    PyTorch equivalent: ``torch.multinomial(torch.softmax(logits / temperature, -1), 1)[..., 0]``.
+    """
+    refuse_grad("sample", logits=logits)
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "offset": offset,
+    }
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            options[name + "s"] = value
+        elif value != _SETTINGS[name]:
+            options[name] = value
+    unsupported = {
+        "logit_bias": logit_bias,
+        "allowed_bitmask": allowed_bitmask,
+        "token_counts": token_counts,
+        "repetition_penalty": repetition_penalty,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+    }
+    options.update({name: value for name, value in unsupported.items() if value is not None})
+    if return_logprob:
+        options["return_logprob"] = True
+    result: tuple[Tensor, Tensor, Tensor] = ops.sample(logits, **options)
+    ids, valid, logprob = result
+    if not return_valid and not return_logprob:
+        return ids
+    return (ids, *([valid] if return_valid else []), *([logprob] if return_logprob else []))
+
+
+@torch.library.register_fake("gqa_kernels::sample")
+def _sample_fake(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    temperatures: Tensor | None = None,
+    top_ks: Tensor | None = None,
+    top_ps: Tensor | None = None,
+    min_ps: Tensor | None = None,
+    seeds: Tensor | None = None,
+    offsets: Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    allowed_bitmask: Tensor | None = None,
+    token_counts: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    frequency_penalty: Tensor | None = None,
+    presence_penalty: Tensor | None = None,
+    return_logprob: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = logits.shape[:-1]
+    return (
+        logits.new_empty(shape, dtype=torch.int64),
+        logits.new_empty(shape, dtype=torch.bool),
+        logits.new_empty(shape if return_logprob else (0,), dtype=torch.float32),
+    )

@@ -1,0 +1,78 @@
+"""Calls of the attention ops for every pair of options and layouts: for opcheck, fakes, capture and misuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from support.attention import make_case, make_rotary
+from support.attention_layout import arguments, build_cache
+from support.guard import Guard
+from support.pairs import pairwise
+
+_COMMON: dict[str, list[Any]] = {
+    "dtype": [torch.float32, torch.bfloat16, torch.float16],
+    "page_size": [None, 16],
+    "new": [True, False],
+    "leftpad": [False, True],
+    "rotary": [None, "table", "gathered", "positions"],
+    "window": [(-1, -1), (5, 2)],
+    "softcap": [0.0, 3.0],
+    "scale": [None, 0.5],
+    "sinks": [False, True],
+    "num_splits": [0, 3],
+    "batch_invariant": [False, True],
+    "return_lse": [True, False],
+}
+
+DECODE_CALLS = pairwise(_COMMON)
+PREFILL_CALLS = pairwise({"cache": [True, False], "ragged": [False, True], "causal": [True, False], **_COMMON})
+
+
+@dataclass
+class Call:
+    op: str
+    keywords: dict[str, Any]  # of the Python function
+
+    def raw(self) -> dict[str, Any]:
+        """Of the registered op."""
+        keywords = dict(self.keywords)
+        if "window_size" in keywords:
+            keywords["window_left"], keywords["window_right"] = keywords.pop("window_size")
+        return keywords
+
+
+def name_of(call: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in call.items() if value) or "plain"
+
+
+def make_call(
+    op: str, combination: dict[str, Any], guard: Guard, *, batch: int = 2, heads: tuple[int, int] = (4, 2)
+) -> Call:
+    cached = [7 + 9 * b for b in range(batch)] if combination.get("cache", True) else [0] * batch
+    new = 3 if combination["new"] or not combination.get("cache", True) else 0
+    case = make_case([(3, n, new) for n in cached], dtype=combination["dtype"], heads=heads, head_dim=32)
+    values = {name: combination[name] for name in ("window", "softcap", "scale")}
+    if combination["sinks"]:
+        values["sinks"] = torch.zeros(heads[0])
+    if combination["leftpad"]:
+        values["leftpad"] = [1] * batch
+    if combination["rotary"]:
+        explicit = [[5, 6, 7]] * batch if combination["rotary"] == "positions" else None
+        values["rotary"] = make_rotary(32, 64, explicit=explicit)
+    case = case.change(**values)
+    cache = build_cache(case, guard, page_size=combination["page_size"]) if combination.get("cache", True) else None
+    keywords = arguments(
+        case, guard, cache, ragged=combination.get("ragged", False), gathered=combination["rotary"] == "gathered"
+    )
+    keywords["return_lse"] = combination["return_lse"]
+    for name in ("num_splits", "batch_invariant"):
+        if combination[name]:
+            keywords[name] = combination[name]
+    if op == "gqa_attention_prefill":
+        keywords["causal"] = combination["causal"]
+        if combination["ragged"]:
+            keywords["max_seqlen_q"] = 3
+    return Call(op, keywords)

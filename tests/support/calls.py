@@ -1,0 +1,186 @@
+"""A valid call of every op with random shapes and options: (args, kwargs) for ``gqa_kernels.<op>``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+Make = Callable[..., Tensor]
+
+HEADS = [(1, 1), (2, 1), (4, 4), (8, 2), (7, 1), (14, 2), (32, 8)]
+
+
+def _maker(rng: random.Random, device: str) -> Make:
+    dtype = rng.choice([torch.float32, torch.float16, torch.bfloat16])
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    return make
+
+
+def _ints(values: list[Any], device: str) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _tables(make: Make, rows: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
+    return make(rows, rotary_dim // 2, dtype=torch.float32), make(rows, rotary_dim // 2, dtype=torch.float32)
+
+
+def _heads(rng: random.Random) -> tuple[int, int, int]:
+    q_heads, kv_heads = rng.choice(HEADS)
+    return q_heads, kv_heads, rng.choice([8, 32, 64, 96, 128, 256])
+
+
+def _cache(rng: random.Random, make: Make, device: str, batch: int, capacity: int, kv_heads: int, dim: int) -> Call:
+    """(k_cache, v_cache), {block_table}: contiguous or paged."""
+    if rng.random() < 0.5:
+        return (make(batch, capacity, kv_heads, dim), make(batch, capacity, kv_heads, dim)), {}
+    page = rng.choice([1, 16, 64])
+    pages = -(-capacity // page)
+    order = rng.sample(range(batch * pages), batch * pages)
+    table = [order[b * pages : (b + 1) * pages] for b in range(batch)]
+    pool = (make(batch * pages, page, kv_heads, dim), make(batch * pages, page, kv_heads, dim))
+    return pool, {"block_table": _ints(table, device)}
+
+
+def _attention_options(rng: random.Random, make: Make, q_heads: int, rows: int, dim: int) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if rng.random() < 0.3:
+        options["window_size"] = (rng.randrange(1, 40), 0)
+    if rng.random() < 0.3:
+        options["softcap"] = 20.0
+    if rng.random() < 0.3:
+        options["sinks"] = make(q_heads, dtype=torch.float32)
+    if rng.random() < 0.5:
+        options["return_lse"] = True
+    if rng.random() < 0.3:
+        options["rotary_cos"], options["rotary_sin"] = _tables(make, rows, dim)
+    return options
+
+
+def _prefill(rng: random.Random, device: str) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+    batch, seqlen = rng.randrange(1, 4), rng.randrange(1, 50)
+    options = _attention_options(rng, make, q_heads, 512, dim)
+    if rng.random() < 0.3:
+        options["causal"] = False
+    kind = rng.choice(["dense", "ragged", "cache"])
+    if kind == "ragged":
+        lengths = [rng.randrange(0, seqlen + 1) for _ in range(batch)]
+        ends = _ints([sum(lengths[:i]) for i in range(batch + 1)], device)
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
+        tokens = sum(lengths)
+        return (make(tokens, q_heads, dim), make(tokens, kv_heads, dim), make(tokens, kv_heads, dim)), options
+    args: tuple[Any, ...] = (
+        make(batch, seqlen, q_heads, dim),
+        make(batch, seqlen, kv_heads, dim),
+        make(batch, seqlen, kv_heads, dim),
+    )
+    if kind == "cache":
+        prefix = rng.randrange(0, 60)
+        caches, paged = _cache(rng, make, device, batch, prefix + seqlen + 5, kv_heads, dim)
+        args += caches
+        options |= paged | {"cache_seqlens": _ints([rng.randrange(0, prefix + 1) for _ in range(batch)], device)}
+    return args, options
+
+
+def _decode(rng: random.Random, device: str) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+    batch, capacity = rng.choice([(1, 4096), (1, 100), (3, 300), (5, 70)])
+    seqlen = rng.choice([1, 1, 2, 5, 16])
+    options = _attention_options(rng, make, q_heads, capacity, dim)
+    if rng.random() < 0.3:
+        options["num_splits"] = rng.randrange(1, 9)
+    if rng.random() < 0.3:
+        options["batch_invariant"] = True
+    caches, paged = _cache(rng, make, device, batch, capacity, kv_heads, dim)
+    lengths = [rng.randrange(seqlen, capacity - seqlen + 1) for _ in range(batch)]
+    options |= paged | {"cache_seqlens": _ints(lengths, device)}
+    args: tuple[Any, ...] = (make(batch, seqlen, q_heads, dim), *caches)
+    if rng.random() < 0.5 or "rotary_cos" in options:
+        args += (make(batch, seqlen, kv_heads, dim), make(batch, seqlen, kv_heads, dim))
+    return args, options
+
+
+def _append(rng: random.Random, device: str) -> Call:
+    make, (_, kv_heads, dim) = _maker(rng, device), _heads(rng)
+    batch, seqlen, capacity = rng.randrange(1, 4), rng.randrange(1, 20), 64
+    caches, options = _cache(rng, make, device, batch, capacity, kv_heads, dim)
+    options["cache_seqlens"] = _ints([rng.randrange(0, capacity - seqlen + 1) for _ in range(batch)], device)
+    if rng.random() < 0.5:
+        options["rotary_cos"], options["rotary_sin"] = _tables(make, capacity, dim)
+    new = make(batch, seqlen, kv_heads, dim), make(batch, seqlen, kv_heads, dim)
+    return (*new, *caches), options
+
+
+def _merge(rng: random.Random, device: str) -> Call:
+    make, (q_heads, _, dim) = _maker(rng, device), _heads(rng)
+    parts, batch, seqlen = rng.randrange(1, 6), rng.randrange(1, 4), rng.randrange(1, 9)
+    outs, lses = make(parts, batch, seqlen, q_heads, dim), make(parts, batch, q_heads, seqlen, dtype=torch.float32)
+    return (outs, lses), {}
+
+
+def _rope(rng: random.Random, device: str) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+    batch, seqlen = rng.randrange(1, 4), rng.randrange(1, 40)
+    rotary_dim = rng.choice([dim, dim // 2])
+    k = make(batch, seqlen, kv_heads, dim) if rng.random() < 0.8 else None
+    options = {"interleaved": True} if rng.random() < 0.3 else {}
+    return (make(batch, seqlen, q_heads, dim), k, *_tables(make, 64, rotary_dim)), options
+
+
+def _width(rng: random.Random) -> int:
+    return rng.choice([8, 100, 896, 4096, 4100])
+
+
+def _norm(inputs: int) -> Callable[[random.Random, str], Call]:
+    def call(rng: random.Random, device: str) -> Call:
+        make, rows, width = _maker(rng, device), rng.randrange(1, 40), _width(rng)
+        return (*(make(rows, width) for _ in range(inputs)), make(width), 1e-5), {}
+
+    return call
+
+
+def _pair(rng: random.Random, device: str) -> Call:
+    make, rows, width = _maker(rng, device), rng.randrange(1, 40), _width(rng)
+    return (make(rows, width), make(rows, width)), {}
+
+
+def _sample(rng: random.Random, device: str) -> Call:
+    make, rows, vocab = _maker(rng, device), rng.randrange(1, 6), rng.choice([5, 1000, 32000])
+    options: dict[str, Any] = {"seed": rng.randrange(100)}
+    if rng.random() < 0.7:
+        options["temperature"] = rng.choice([0.0, 0.7])
+    if rng.random() < 0.5:
+        options["top_k"] = rng.randrange(1, 100)
+    if rng.random() < 0.5:
+        options["top_p"] = 0.9
+    if rng.random() < 0.3:
+        options["min_p"] = 0.05
+    return (make(rows, vocab),), options
+
+
+CALLS: dict[str, Callable[[random.Random, str], Call]] = {
+    "add_rmsnorm": _norm(2),
+    "gqa_attention_decode": _decode,
+    "gqa_attention_prefill": _prefill,
+    "kv_cache_append": _append,
+    "merge_attention_states": _merge,
+    "residual_add": _pair,
+    "rmsnorm": _norm(1),
+    "rope": _rope,
+    "rope_": _rope,
+    "sample": _sample,
+    "swiglu": _pair,
+}
+
+
+def random_call(op: str, seed: int, device: str) -> Call:
+    return CALLS[op](random.Random(f"{op} {seed}"), device)

@@ -1,0 +1,209 @@
+"""Extreme inputs, exact answers and metamorphic relations of attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.attention import Case, Result, make_case
+from support.attention_layout import build_cache, run_cached, run_prefill
+from support.bounds import DTYPES, assert_within_bound
+from support.guard import Guard, same_bytes
+from torch import Tensor
+
+Run = Callable[[Case, Guard], Result]
+
+
+def _prefill(case: Case, guard: Guard) -> Result:
+    return run_prefill(case, guard)
+
+
+def _decode(case: Case, guard: Guard) -> Result:
+    over = case.change(new=[0] * case.batch)
+    return run_cached(over, guard, build_cache(over, guard), decode=True)
+
+
+def _paged_prefill(case: Case, guard: Guard) -> Result:
+    over = case.change(new=[0] * case.batch)
+    return run_cached(over, guard, build_cache(over, guard, page_size=16))
+
+
+RUNS: dict[str, Run] = {"prefill": _prefill, "decode": _decode, "paged prefill": _paged_prefill}
+every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def square(dtype: torch.dtype, queries: int = 8, keys: int = 150, heads: tuple[int, int] = (4, 2)) -> Case:
+    return make_case([(queries, 0, keys)] * 2, dtype=dtype, heads=heads, head_dim=32)
+
+
+@every_dtype
+@every_run
+@pytest.mark.parametrize("scale_q, scale_v", [(1e-4, 1.0), (1.0, 1e-4), (30.0, 1.0), (1.0, 1e4), (1e-7, 1e-7)])
+def test_p1_magnitudes(guard: Guard, dtype: torch.dtype, run: Run, scale_q: float, scale_v: float) -> None:
+    case = square(dtype)
+    case = case.change(q=[q * scale_q for q in case.q], v=[v * scale_v for v in case.v])
+    case.check(run(case, guard))
+
+
+@every_dtype
+@every_run
+@pytest.mark.parametrize("kind", ["uniform", "alternating", "constant"])
+def test_p1_distributions(guard: Guard, dtype: torch.dtype, run: Run, kind: str) -> None:
+    case = square(dtype)
+    for part in (*case.q, *case.k, *case.v):
+        if kind == "uniform":
+            part.copy_(torch.rand(part.shape))
+        elif kind == "alternating":
+            part.copy_(part.abs() * (1 - 2 * (torch.arange(part.shape[-1]) % 2)))
+        else:
+            part.fill_(0.5)
+    case.check(run(case, guard))
+
+
+@every_dtype
+@every_run
+def test_zero_scale_is_the_mean(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    case = square(dtype).change(scale=0.0)
+    case.check(run(case, guard))
+    counting = case.change(v=[torch.ones_like(v) for v in case.v])
+    counting.check(run(counting, guard))
+
+
+@every_dtype
+@every_run
+def test_p1_one_key_dominates_at_every_position(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    """A logit of 1e4 among others far below, down to -1e4: out is that key's value, wherever the key stands."""
+    case = make_case([(16, 0, 160)] * 10, dtype=dtype, heads=(2, 1), head_dim=32, scale=1.0)
+    for b in range(10):
+        codes = (torch.randint(0, 2, (160, 32)) * 2 - 1).to(dtype)
+        case.k[b][:, 0] = codes * 20
+        case.q[b][:] = codes[b::10, None] * 16
+    case.check(run(case, guard))
+
+
+@every_dtype
+@every_run
+def test_logits_at_the_end_of_the_range(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    """Logits of 1e11 in float16 and 3e31 otherwise, of either sign: equal ones average, whatever their size."""
+    case = square(dtype, queries=1, keys=64).change(scale=1.0)
+    for sign in (1.0, -1.0):
+        for b in range(2):
+            case.q[b].fill_(biggest(dtype))
+            case.k[b].fill_(sign * biggest(dtype))
+            case.v[b].fill_(0.25)
+        out, lse = run(case, guard)
+        assert bool((out == 0.25).all()), sign
+        expected = case.change().reference()[1]
+        extra = float(abs(expected).max())
+        assert_within_bound(lse, expected, torch.from_numpy(expected).float(), attention_extra=extra)
+
+
+def biggest(dtype: torch.dtype) -> float:
+    return 65504.0 if dtype == torch.float16 else 1e15
+
+
+@every_dtype
+@every_run
+def test_masked_key_never_dominates(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    """The lowest visible logits there are lose to no finite mask value."""
+    case = square(dtype, queries=8, keys=40).change(scale=1.0)
+    for b in range(2):
+        case.q[b].fill_(biggest(dtype))
+        case.k[b].fill_(-biggest(dtype))
+        case.v[b].fill_(1.0)
+        case.k[b][34:] = biggest(dtype)
+        case.v[b][34:] = -1.0
+    out, _ = run(case, guard)
+    rows = out.unflatten(0, (2, 8))
+    assert bool((rows[:, :2] > 0).all()) and bool((rows[:, 2:] < 0).all())
+
+
+@every_dtype
+@every_run
+def test_scaling_values_scales_out(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    """By a power of two: bit for bit, away from denormals."""
+    case = square(dtype)
+    case = case.change(v=[v * 1024 for v in case.v])
+    out, lse = run(case, guard)
+    double, same = run(case.change(v=[v * 4 for v in case.v]), guard)
+    assert torch.equal(double, out * 4) and same_bytes(same, lse)
+
+
+@every_dtype
+@every_run
+def test_equal_values_come_back(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    case = square(dtype)
+    row = torch.randn(2, 32).to(dtype)
+    case = case.change(v=[row.expand_as(v).clone() for v in case.v])
+    case.check(run(case, guard))
+
+
+@every_dtype
+@every_run
+def test_keys_in_any_order(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    """Without a mask the order of keys does not matter, within P1's bound."""
+    case = square(dtype, queries=1).change(causal=False)
+    order = torch.randperm(150)
+    turned = case.change(k=[k[order] for k in case.k], v=[v[order] for v in case.v])
+    case.check(run(turned, guard))
+
+
+@every_dtype
+@every_run
+@pytest.mark.parametrize("group", [2, 7])
+def test_duplicated_kv_heads_are_gqa(guard: Guard, dtype: torch.dtype, run: Run, group: int) -> None:
+    """MHA over repeated KV heads, within P1's bound of the same answer; out of grouped heads alike."""
+    case = square(dtype, heads=(2 * group, 2))
+
+    def repeat(parts: list[Tensor]) -> list[Tensor]:
+        return [part.repeat_interleave(group, 1) for part in parts]
+
+    mha = case.change(k=repeat(case.k), v=repeat(case.v))
+    case.check(run(mha, guard), "MHA")
+    case.check(run(case, guard), "GQA")
+
+
+@every_dtype
+@every_run
+def test_equal_query_heads_give_equal_bytes(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    """Heads of one group with the same query: where a head sits in its group does not matter."""
+    case = square(dtype, heads=(14, 2))
+    case = case.change(q=[q[:, :1].repeat(1, 14, 1) for q in case.q], k=[k[:, :1].repeat(1, 2, 1) for k in case.k])
+    case = case.change(v=[v[:, :1].repeat(1, 2, 1) for v in case.v])
+    out, lse = run(case, guard)
+    assert same_bytes(out, out[:, :1].repeat(1, 14, 1)) and same_bytes(lse, lse[:1].repeat(14, 1))
+
+
+@every_dtype
+@every_run
+def test_sinks_take_their_share(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    """A sink of -inf is none; one equal to lse halves out; one far above takes all."""
+    case = square(dtype, queries=1, heads=(2, 1))
+    out, lse = run(case, guard)
+    none, same = run(case.change(sinks=torch.full((2,), -math.inf)), guard)
+    assert same_bytes(none, out) and same_bytes(same, lse)
+    one = case.pick([0])
+    half = one.change(sinks=run(one, guard)[1][:, 0].cpu())
+    half.check(run(half, guard))
+    drowned = case.change(sinks=torch.full((2,), 1e4))
+    drowned.check(run(drowned, guard))
+
+
+@every_dtype
+@every_run
+def test_softcap_bounds_the_logits(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    case = square(dtype).change(scale=100.0, softcap=1.5)
+    case.check(run(case, guard))
+
+
+@every_dtype
+@every_run
+def test_p14_repeatable(guard: Guard, dtype: torch.dtype, run: Run) -> None:
+    case = make_case([(5, 0, 333), (5, 0, 333)], dtype=dtype, heads=(8, 2))
+    first = run(case, guard)
+    for _ in range(20 if guard.device == "cuda" else 3):
+        for part, other in zip(run(case, guard), first):
+            assert same_bytes(part, other)

@@ -1,0 +1,136 @@
+"""Plans are pure functions of integers: tested here for GPUs that are not in this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.calls import random_call
+from torch import Tensor
+
+import gqa_kernels
+from gqa_kernels._library import C
+from gqa_kernels.explain import H200, OPS
+
+A100 = {"compute_capability": 80, "num_sms": 108, "max_shared_memory": 166912, "l2_size": 41943040}
+RTX3090 = {"compute_capability": 86, "num_sms": 82, "max_shared_memory": 101376, "l2_size": 6291456}
+GPUS = {"H200": H200, "A100": A100, "RTX 3090": RTX3090}
+
+
+def plan_for(gpu: dict[str, int], op: str, *args: object, **kwargs: object) -> dict[str, object]:
+    C.explain_begin("cuda", *gpu.values())
+    try:
+        getattr(gqa_kernels, op)(*args, **kwargs)
+    finally:
+        plans = C.explain_end()
+    assert len(plans) == 1
+    return plans[0]
+
+
+def splits(plan: dict[str, object]) -> int:
+    return max(launch["num_splits"] for launch in plan["launches"])
+
+
+def wide(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor of any size in a few bytes: its tokens are one and the same."""
+    return torch.zeros(shape[0], 1, *shape[2:], dtype=dtype).expand(shape)
+
+
+def decode(
+    batch: int,
+    capacity: int,
+    *,
+    heads: tuple[int, int] = (32, 8),
+    seqlen: int = 1,
+    gpu: str = "H200",
+    **options: object,
+) -> dict[str, object]:
+    lengths = options.pop("lengths", torch.zeros(batch, dtype=torch.int32))
+    q, cache = wide(batch, seqlen, heads[0], 128), wide(batch, capacity, heads[1], 128)
+    return plan_for(GPUS[gpu], "gqa_attention_decode", q, cache, cache, cache_seqlens=lengths, **options)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("op", OPS)
+def test_every_plan_fits_the_device(op: str, gpu: str) -> None:
+    for seed in range(20):
+        args, kwargs = random_call(op, seed, "cpu")
+        plan = plan_for(GPUS[gpu], op, *args, **kwargs)
+        assert 1 <= len(plan["launches"]) <= 4 and plan["workspace_size"] >= 0
+        assert str(plan["reason"]) and not str(plan["reason"]).endswith(".")
+        for launch in plan["launches"]:
+            assert launch["op"] == op.rstrip("_"), (op, seed)  # rope_ is rope onto itself
+            assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 1024
+            assert launch["shared_memory"] <= GPUS[gpu]["max_shared_memory"]
+            assert all(size <= 65535 for size in launch["grid"][1:])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_plan_is_repeatable(op: str) -> None:
+    args, kwargs = random_call(op, 3, "cpu")
+    assert plan_for(H200, op, *args, **kwargs) == plan_for(H200, op, *args, **kwargs)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (8, 8), (32, 1)])
+def test_splits_grow_with_the_capacity(gpu: str, heads: tuple[int, int]) -> None:
+    counts = [splits(decode(1, 2**power, heads=heads, gpu=gpu)) for power in range(4, 18)]
+    assert counts == sorted(counts), counts
+    assert counts[0] == 1 and counts[-1] > 1
+
+
+def test_splits_shrink_with_the_batch() -> None:
+    """Enough sequences fill the device alone."""
+    counts = [splits(decode(2**power, 8192)) for power in range(9)]
+    assert counts[0] > 1 and counts[-1] == 1
+    assert counts == sorted(counts, reverse=True), counts
+
+
+def test_split_blocks_fill_the_device_but_not_much_more() -> None:
+    for batch, capacity in ((1, 4096), (1, 131072), (3, 20000), (8, 4096)):
+        plan = decode(batch, capacity)
+        blocks = max(launch["grid"][0] * launch["grid"][1] * launch["grid"][2] for launch in plan["launches"])
+        assert blocks >= H200["num_sms"] // 2, (batch, capacity)
+        assert blocks <= 8 * H200["num_sms"], (batch, capacity)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_lengths_are_never_read(batch_invariant: bool) -> None:
+    """The plan knows the capacity only, so that a captured graph serves every length."""
+    plans = [
+        decode(4, 8192, lengths=torch.full((4,), length, dtype=torch.int32), batch_invariant=batch_invariant)
+        for length in (0, 1, 100, 8191, -5, 10**6)
+    ]
+    assert all(plan == plans[0] for plan in plans)
+
+
+def test_batch_invariant_splits_do_not_depend_on_the_batch() -> None:
+    counts = {splits(decode(batch, 8192, batch_invariant=True)) for batch in (1, 2, 5, 64, 300)}
+    assert len(counts) == 1
+    assert len({splits(decode(batch, 8192)) for batch in (1, 2, 5, 64, 300)}) > 1
+
+
+def test_given_splits_are_taken() -> None:
+    for wanted in (1, 2, 7, 16):
+        plan = decode(2, 8192, num_splits=wanted)
+        assert splits(plan) == wanted
+        assert (plan["workspace_size"] > 0) == (wanted > 1)
+
+
+def test_workspace_holds_the_partial_results() -> None:
+    """A float32 output row and its log-sum-exp per split, query head and token; not much more."""
+    for batch, seqlen, count in ((1, 1, 4), (3, 2, 8), (2, 16, 3)):
+        size = decode(batch, 8192, seqlen=seqlen, num_splits=count)["workspace_size"]
+        least = count * batch * seqlen * 32 * (128 + 1) * 4
+        assert least <= size <= 1.1 * least + 4096
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_prefill_launches_follow_the_work(causal: bool) -> None:
+    def blocks(batch: int, seqlen: int) -> int:
+        q, k = wide(batch, seqlen, 32, 128), wide(batch, seqlen, 8, 128)
+        plan = plan_for(H200, "gqa_attention_prefill", q, k, k, causal=causal)
+        launch = plan["launches"][0]
+        return int(launch["grid"][0] * launch["grid"][1] * launch["grid"][2])
+
+    assert blocks(2, 4096) == 2 * blocks(1, 4096)
+    assert 1.9 * blocks(1, 4096) <= blocks(1, 8192) <= 2.1 * blocks(1, 4096)

@@ -1,0 +1,91 @@
+"""P18: the schemas that callers and exported programs rely on, and that their mutation marks are true."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.calls import random_call
+from support.guard import same_bytes
+from torch import Tensor
+
+import gqa_kernels
+from gqa_kernels._library import ops
+from gqa_kernels.explain import OPS
+
+COMMON = (
+    "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
+    "Tensor? rotary_positions=None, bool rotary_interleaved=False, float? softmax_scale=None, "
+    "SymInt window_left=-1, SymInt window_right=-1, float softcap=0., Tensor? sinks=None, "
+    "Tensor? k_scale=None, Tensor? v_scale=None, int num_splits=0, bool batch_invariant=False, "
+    "bool return_lse=False, Tensor(c!)? workspace=None"
+)
+ROTARY = (
+    "Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor? rotary_positions=None, bool rotary_interleaved=False"
+)
+# As of version 0.1. An argument may be added at the end of its kind with a default; nothing else may change.
+FROZEN = {
+    "add_rmsnorm": "(Tensor x, Tensor residual, Tensor weight, float eps, *, float weight_offset=0., "
+    "bool cast_before_weight=True) -> (Tensor, Tensor)",
+    "gqa_attention_decode": "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, *, "
+    f"Tensor cache_seqlens, {COMMON}) -> (Tensor, Tensor)",
+    "gqa_attention_prefill": "(Tensor q, Tensor? k=None, Tensor? v=None, Tensor(a!)? k_cache=None, "
+    "Tensor(b!)? v_cache=None, *, Tensor? cache_seqlens=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+    f"SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, {COMMON}, bool causal=True) -> (Tensor, Tensor)",
+    "kv_cache_append": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cache_seqlens, "
+    f"Tensor? cache_leftpad=None, Tensor? block_table=None, {ROTARY}, Tensor? k_scale=None, Tensor? v_scale=None) "
+    "-> ()",
+    "merge_attention_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    "residual_add": "(Tensor x, Tensor residual) -> Tensor",
+    "rmsnorm": "(Tensor x, Tensor weight, float eps, *, float weight_offset=0., bool cast_before_weight=True) "
+    "-> Tensor",
+    "rope": "(Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, bool interleaved=False) "
+    "-> (Tensor, Tensor)",
+    "rope_": "(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, "
+    "bool interleaved=False) -> ()",
+    "sample": "(Tensor logits, *, float temperature=1., SymInt top_k=0, float top_p=1., float min_p=0., "
+    "SymInt seed=0, SymInt offset=0, Tensor? temperatures=None, Tensor? top_ks=None, Tensor? top_ps=None, "
+    "Tensor? min_ps=None, Tensor? seeds=None, Tensor? offsets=None, Tensor? logit_bias=None, "
+    "Tensor? allowed_bitmask=None, Tensor? token_counts=None, Tensor? repetition_penalty=None, "
+    "Tensor? frequency_penalty=None, Tensor? presence_penalty=None, bool return_logprob=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    "swiglu": "(Tensor gate, Tensor? up=None) -> Tensor",
+}
+
+
+def test_p18_every_op_is_frozen() -> None:
+    assert set(FROZEN) == set(OPS)
+
+
+@pytest.mark.abi
+@pytest.mark.parametrize("op", OPS)
+def test_p18_old_calls_still_mean_the_same(op: str) -> None:
+    old = torch._C.parse_schema(f"gqa_kernels::{op}{FROZEN[op]}")
+    new = getattr(ops, op).default._schema
+    assert new.is_backward_compatible_with(old), f"{new}\nis not compatible with\n{old}"
+    marks = {argument.name: str(argument.alias_info and argument.alias_info.is_write) for argument in old.arguments}
+    for argument in new.arguments:
+        if argument.name in marks:
+            assert str(argument.alias_info and argument.alias_info.is_write) == marks[argument.name], argument.name
+
+
+def test_p18_a_changed_schema_is_seen() -> None:
+    old = torch._C.parse_schema(f"gqa_kernels::rmsnorm{FROZEN['rmsnorm']}")
+    for change in (("float eps", "float eps, float more"), ("Tensor weight", "Tensor? weight"), ("x,", "y,")):
+        new = torch._C.parse_schema(f"gqa_kernels::rmsnorm{FROZEN['rmsnorm'].replace(*change)}")
+        assert new.is_backward_compatible_with(old) == (change[1] == "Tensor? weight"), change
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_mutation_marks_are_true(device: str, op: str) -> None:
+    """What is marked as written is written by some call; nothing else ever is."""
+    schema = getattr(ops, op).default._schema
+    marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    names = [a.name for a in schema.arguments if not a.kwarg_only]
+    changed: set[str] = set()
+    for seed in range(12):
+        args, kwargs = random_call(op, seed, device)
+        given = {**dict(zip(names, args)), **kwargs}
+        before = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
+        getattr(gqa_kernels, op)(*args, **kwargs)
+        changed |= {name for name, value in before.items() if not same_bytes(given[name], value)}
+    assert changed == marked - {"workspace"}
