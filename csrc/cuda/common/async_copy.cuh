@@ -1,4 +1,4 @@
-// 16-byte copies from global to shared memory that a thread starts and later waits for, in groups, and matrix loads.
+// 16-byte copies from global to shared memory that a thread starts and later waits for, in groups.
 #pragma once
 
 #include <cstdint>
@@ -24,25 +24,10 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLast) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit values; lane 8 i + j gives the address of row j of matrix i.
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
+__device__ __forceinline__ void store_shared16(uint32_t to, uint4 value) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
                : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
 }
 
 }  // namespace gqa::cuda

@@ -1,5 +1,5 @@
 // Decode attention on Hopper: the keys of a (sequence, KV head) are shared out among the blocks of a cluster, which
-// join their sums by one-way stores in the same launch, or among blocks that leave them to a second, small kernel.
+// join their sums by one-way stores in the same launch.
 // Keys come in tiles of 16; a warp takes every kWarps-th tile of its block's range for all query rows of the head group
 // and keeps its own ring of kStages tiles, softmax and sums: between the first load and the last nobody waits for
 // anybody else. Warps meet once, in shared memory.
@@ -8,11 +8,10 @@
 // Determinism: fixed order of sums; they depend on the sequence's own length and on the number of blocks that share it.
 #pragma once
 
-#include "cuda/common/pdl.cuh"
-#include "cuda/gqa_attention_decode_sm90_finish.cuh"
-#include "cuda/gqa_attention_decode_sm90_loads.cuh"
-#include "cuda/gqa_attention_decode_sm90_new_keys.cuh"
-#include "cuda/gqa_attention_decode_sm90_scores.cuh"
+#include "cuda/gqa_attention_decode_sm90/finish.cuh"
+#include "cuda/gqa_attention_decode_sm90/loads.cuh"
+#include "cuda/gqa_attention_decode_sm90/new_keys.cuh"
+#include "cuda/gqa_attention_decode_sm90/scores.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -68,20 +67,19 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
 
 template <typename C, int kBlocks>
 __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid_constant__ Args p) {
+#if __CUDA_ARCH__ >= 900  // the plan chooses it there only
   using T = typename C::T;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t shared_base = shared_address(shared);
   Block<C> t;
   t.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), t.lane = threadIdx.x % 32, t.r = t.lane / 4, t.c = t.lane % 4;
-  t.rank = C::kSplit ? blockIdx.x : cluster_rank(), t.cluster = C::kSplit ? gridDim.x : cluster_size();
+  t.rank = cluster_rank(), t.cluster = cluster_size();
   t.head = blockIdx.y, t.b = blockIdx.z;
 
-  launch_dependents();
-  wait_for_predecessors();
   Length length, padding;
   length.load(p.cache_seqlens, t.b, t.lane * p.zero);
   padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
-  if (!C::kSplit && t.cluster > 1) {
+  if (t.cluster > 1) {
     if (threadIdx.x == 0) {
       mbarrier_init(shared_base + C::kBarrier, 1);
       mbarrier_fence_init();
@@ -89,8 +87,8 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
     }
     cluster_arrive_relaxed();  // waited for just before the push
   }
-  t.k_head = p.k_cache + t.head * p.k_head + (C::kPaged ? 0 : t.b * p.k_outer);
-  t.v_head = p.v_cache + t.head * p.v_head + (C::kPaged ? 0 : t.b * p.v_outer);
+  t.k_head = p.k_cache + t.head * p.k_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.k_outer);
+  t.v_head = p.v_cache + t.head * p.v_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.v_outer);
   const Loader<C> loader(t.lane);
   const bool rotates = p.rotary.cos != nullptr;
   Queries<C> queries;
@@ -134,39 +132,22 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   __syncwarp();
   sums.store(t, ring);
   __syncthreads();
-  if constexpr (C::kSplit) {
-    store_sums(p, t, valid, shared);
-  } else {
-    if (t.cluster > 1) cluster_wait();
-    if (valid) {
-      push_sums(p, t, shared, shared_base);
-      if (t.cluster > 1) {
-        mbarrier_wait_cluster(shared_base + C::kBarrier, 0);
-      } else {
-        __syncthreads();
-      }
-    }
-    const char *parts = shared + C::kParts, *scales = parts + p.slots * t.cluster * 128;
-    for (int slot = t.warp; slot < t.slots(p); slot += C::kWarps) {
-      finish_unit<T, C::kSlices>(p, t.b, t.head, slot * t.cluster + t.rank, t.lane, valid, t.cluster,
-                                 reinterpret_cast<const float4 *>(parts) + slot * t.cluster * 8,
-                                 reinterpret_cast<const float2 *>(scales) + slot * t.cluster);
+  if (t.cluster > 1) cluster_wait();
+  if (valid) {
+    push_sums(p, t, shared, shared_base);
+    if (t.cluster > 1) {
+      mbarrier_wait_cluster(shared_base + C::kBarrier, 0);
+    } else {
+      __syncthreads();
     }
   }
-}
-
-// Joins what the blocks of decode_ring left in the workspace: a warp per unit of the output.
-constexpr int kCombineWarps = 4;
-
-template <typename T, int kSlices>
-__global__ void __launch_bounds__(32 * kCombineWarps) decode_combine(const __grid_constant__ Args p) {
-  const int unit = blockIdx.x * kCombineWarps + threadIdx.x / 32, units = p.rows * kSlices;
-  launch_dependents();
-  wait_for_predecessors();
-  if (unit >= units) return;
-  const int64_t source = ((static_cast<int64_t>(blockIdx.z) * p.num_kv_heads + blockIdx.y) * units + unit) * p.splits;
-  finish_unit<T, kSlices>(p, blockIdx.z, blockIdx.y, unit, threadIdx.x % 32, true, p.splits,
-                          reinterpret_cast<const float4 *>(p.parts) + source * 8, p.scales + source);
+  const char *parts = shared + C::kParts, *scales = parts + p.slots * t.cluster * 128;
+  for (int slot = t.warp; slot < t.slots(p); slot += C::kWarps) {
+    finish_unit<T, C::kSlices>(p, t.b, t.head, slot * t.cluster + t.rank, t.lane, valid, t.cluster,
+                               reinterpret_cast<const float4 *>(parts) + slot * t.cluster * 8,
+                               reinterpret_cast<const float2 *>(scales) + slot * t.cluster);
+  }
+#endif
 }
 
 }  // namespace gqa::cuda::decode_sm90

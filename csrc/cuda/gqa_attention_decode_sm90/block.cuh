@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cuda/common/vec.cuh"
-#include "cuda/gqa_attention_decode_sm90_args.h"
+#include "cuda/gqa_attention_decode_sm90/args.h"
+#include "plan/gqa_attention_decode_sm90.h"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -11,15 +12,15 @@ constexpr int kTile = 16;  // keys
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
-template <typename T_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, bool kPaged_, bool kPadded_, bool kSplit_>
+template <typename T_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_>
 struct Config {
   using T = T_;
-  static constexpr int kDim = kDim_;  // head_dim, rounded up to a multiple of 32 if kPadded
+  static constexpr int kDim = kDim_;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
-  static constexpr int kStages = kStages_;      // tiles of K and V that a warp has room for
-  static constexpr int kRowTiles = kRowTiles_;  // groups of 8 query rows
-  static constexpr bool kPaged = kPaged_, kPadded = kPadded_;
-  static constexpr bool kSplit = kSplit_;  // partial sums go to the workspace, not to the cluster
+  static constexpr int kStages = kStages_;                             // tiles of K and V that a warp has room for
+  static constexpr int kRowTiles = kRowTiles_;                         // groups of 8 query rows
+  static constexpr bool kPaged = kCache_ != DecodeCache::kContiguous;  // rows are found through `Place`
+  static constexpr bool kAligned = kCache_ != DecodeCache::kAny;
   static constexpr int kSlices = kDim / 32;
   static constexpr int kRows = 8 * kRowTiles;
 
@@ -41,9 +42,7 @@ struct Config {
   // A unit is 32 dimensions of a row; unit u belongs to block u % cluster, which gets it from each block.
   static constexpr int kUnitBytes = 32 * 4 + 8;
 
-  static constexpr int shared_memory(int slots, int cluster) {
-    return kParts + (kSplit ? 0 : slots * cluster * kUnitBytes);
-  }
+  static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages, kRowTiles) && kUnitBytes == kDecodeUnitBytes);
 };
 
 // Address of 16-byte chunk 2 d + (chunk 0 or 1 of this lane) of this lane's row: `lane_at` is that of d = 0.
@@ -88,13 +87,15 @@ __device__ __forceinline__ int token_of_row(const Args &p, int row) {
   return static_cast<int>((row * p.group_inverse) >> 20);
 }
 
-// A length from a tensor of either width: 0 where absent, negative where it does not fit 32 bits. Loads without a
+// A length from a tensor of either width: 0 where absent, the nearest of 32 bits where it does not fit. Loads without a
 // branch, so that the caller's other work hides their latency; `nothing` keeps it out of the slower uniform registers.
 struct Length {
   int32_t low, high;
+  bool wide;
 
   __device__ void load(const gqa_index &index, int b, int nothing) {
-    const bool present = index.data != nullptr, wide = present && index.dtype == GQA_DTYPE_INT64;
+    const bool present = index.data != nullptr;
+    wide = present && index.dtype == GQA_DTYPE_INT64;
     const char *at = static_cast<const char *>(index.data) + b * index.stride[0] * (wide ? 8 : 4) + nothing;
     low = high = 0;
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.b32 %0, [%1];\n}"
@@ -104,7 +105,10 @@ struct Length {
                  : "+r"(high)
                  : "l"(at), "r"(static_cast<uint32_t>(wide)));
   }
-  __device__ int value() const { return high == 0 ? low : -1; }
+  __device__ int value() const {
+    if (!wide || (high == 0 && low >= 0)) return low;
+    return high < 0 ? -1 : 0x7fffffff;
+  }
 };
 
 // The sequence's lengths, and this block's share of its cached tiles: even, the first blocks one more.
@@ -112,7 +116,7 @@ template <typename C>
 __device__ bool divide(const Args &p, const Length &length, const Length &padding, Block<C> *t) {
   const int new_keys = p.k != nullptr ? p.seqlen_q : 0;
   int cached = length.value(), leftpad = padding.value();
-  // capacity + 16 fits 32 bits, and a wide negative number stays negative
+  // capacity + 16 fits 32 bits
   const bool valid = cached >= 0 && cached <= p.capacity - new_keys && leftpad >= 0;
   cached = valid ? cached : 0;
   t->keys = {cached + new_keys - p.seqlen_q, cached, cached + new_keys, min(leftpad, p.capacity), p.window_left};

@@ -2,10 +2,16 @@
 #pragma once
 
 #include "cuda/common/async_copy.cuh"
-#include "cuda/common/mma_m16n8k16.cuh"
-#include "cuda/gqa_attention_decode_sm90_block.cuh"
+#include "cuda/common/mma.cuh"
+#include "cuda/gqa_attention_decode_sm90/block.cuh"
 
 namespace gqa::cuda::decode_sm90 {
+
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 
 // Query rows as the second operand: row 8 n + r, dimensions 16 d + 2 c and 16 d + 8 + 2 c, two of each.
 template <typename C>
@@ -25,7 +31,7 @@ struct Queries {
 #pragma unroll
       for (int e = 0; e < C::kDim / 8; ++e) {
         const int d = 8 * e + 2 * t.c;
-        x[n][e / 2][e % 2] = C::kPadded && d >= p.head_dim ? 0 : *reinterpret_cast<const uint32_t *>(row + 2 * d);
+        x[n][e / 2][e % 2] = *reinterpret_cast<const uint32_t *>(row + 2 * d);
       }
     }
   }
@@ -67,8 +73,7 @@ struct Sums {
       load_matrices(k, chunk_address<C>(at, d));
 #pragma unroll
       for (int n = 0; n < C::kRowTiles; ++n) {
-        mma_m16n8k16<typename C::T>(d % 2 ? odd[n] : s[n], k[0], k[1], k[2], k[3], queries.x[n][d][0],
-                                    queries.x[n][d][1]);
+        multiply_add<typename C::T>(d % 2 ? odd[n] : s[n], k, queries.x[n][d][0], queries.x[n][d][1]);
       }
     }
     release();
@@ -77,8 +82,9 @@ struct Sums {
     for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        s[n][e] = (s[n][e] + odd[n][e]) * p.scale;
-        if (p.softcap > 0) s[n][e] = p.softcap * kLog2e * tanhf(s[n][e]);
+        // Rounded, never part of an FMA below: huge scores have to meet their own maximum.
+        s[n][e] = __fmul_rn(s[n][e] + odd[n][e], p.scale);
+        if (p.softcap > 0) s[n][e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[n][e]));
       }
       if (edge) mask(p, t, n, key, end, s[n]);
       float factor[2];
@@ -127,7 +133,7 @@ struct Sums {
       load_matrices_transposed(v, chunk_address<C>(at, d));
 #pragma unroll
       for (int n = 0; n < C::kRowTiles; ++n) {
-        mma_m16n8k16<typename C::T>(o[n][d], v[0], v[1], v[2], v[3], weights[n][0], weights[n][1]);
+        multiply_add<typename C::T>(o[n][d], v, weights[n][0], weights[n][1]);
       }
     }
   }
@@ -151,10 +157,11 @@ struct Sums {
         uint32_t v[4];
         load_matrices_transposed(v, chunk_address<C>(at, d));
 #pragma unroll
+        for (int e = 0; e < 4; ++e) v[e] &= seen[e / 2];
+#pragma unroll
         for (int n = 0; n < C::kRowTiles; ++n) {
           float part[4] = {};
-          mma_m16n8k16<typename C::T>(part, v[0] & seen[0], v[1] & seen[0], v[2] & seen[1], v[3] & seen[1],
-                                      weights[n][0], weights[n][1]);
+          multiply_add<typename C::T>(part, v, weights[n][0], weights[n][1]);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int row = 8 * n + 2 * t.c + e % 2 - i * p.group;

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "common/rotate.h"
-#include "cuda/gqa_attention_decode_sm90_loads.cuh"
-#include "cuda/gqa_attention_decode_sm90_scores.cuh"
+#include "cuda/gqa_attention_decode_sm90/loads.cuh"
+#include "cuda/gqa_attention_decode_sm90/scores.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -27,7 +27,6 @@ struct RowPair {
     if (pair < half && !rotary.interleaved) low = pair, high = pair + half;
     const T *from = reinterpret_cast<const T *>(row);
     x = {0.0f, 0.0f};
-    if (C::kPadded && low >= p.head_dim) return;
     x = {to_float(from[low]), to_float(from[high])};
     if (pair >= half) return;
     const int64_t offset = rotary_offset(rotary, t.b, token, t.keys.start + token - t.keys.leftpad);
@@ -90,7 +89,7 @@ __device__ void load_new_keys(const Args &p, const Block<C> &t, const Loader<C> 
   const bool rotates = p.rotary.cos != nullptr;
   const auto load = [&](const char *x, const int64_t(&stride)[3], uint32_t tile) {
     loader.for_each(tile, [&](int token, int chunk, uint32_t to) {
-      const bool exists = token < p.seqlen_q && (!C::kPadded || chunk * 8 < p.head_dim);
+      const bool exists = token < p.seqlen_q;
       const char *from = nan;
       if (exists && !is_bad(token)) from = new_row(p, t, x, stride, token) + chunk * 16;
       copy_async16<C::kRowBytes>(to, from, exists ? 16 : 0);
@@ -118,16 +117,22 @@ __device__ void load_new_keys(const Args &p, const Block<C> &t, const Loader<C> 
 // Writes the new rows to the cache; a bad page drops the write.
 template <typename C>
 __device__ void append_new_keys(const Args &p, const Block<C> &t, const char *stage_at) {
-  const int chunks = static_cast<uint32_t>(p.head_dim) / 8;
   for (int i = t.lane; i < p.seqlen_q * C::kChunks; i += 32) {
     const int token = i / C::kChunks, chunk = i % C::kChunks, row = t.keys.cached + token;
     const int page = C::kPaged ? Place<C>::look_up(p, t.b, row) : 0;
-    if (chunk >= chunks || page < 0) continue;
+    if (page < 0) continue;
     const char *from = stage_at + token * C::kRowBytes + ((chunk ^ C::swizzle(token)) << 4);
     char *k = const_cast<char *>(t.k_head) + Place<C>::offset(p, page, row, p.k_outer, p.k_row) + chunk * 16;
     char *v = const_cast<char *>(t.v_head) + Place<C>::offset(p, page, row, p.v_outer, p.v_row) + chunk * 16;
-    *reinterpret_cast<uint4 *>(k) = *reinterpret_cast<const uint4 *>(from);
-    *reinterpret_cast<uint4 *>(v) = *reinterpret_cast<const uint4 *>(from + C::kTileBytes);
+    const uint4 new_k = *reinterpret_cast<const uint4 *>(from);
+    const uint4 new_v = *reinterpret_cast<const uint4 *>(from + C::kTileBytes);
+    if constexpr (C::kAligned) {
+      *reinterpret_cast<uint4 *>(k) = new_k;
+      *reinterpret_cast<uint4 *>(v) = new_v;
+    } else {
+      store_unaligned16(k, new_k);
+      store_unaligned16(v, new_v);
+    }
   }
 }
 

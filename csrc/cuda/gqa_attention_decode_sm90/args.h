@@ -16,7 +16,7 @@ struct Args {
   int64_t q_batch, q_token, q_head;
   int64_t k_outer, v_outer, k_head, v_head;  // outer: batch or page
   int32_t k_row, v_row;
-  int32_t group, rows, seqlen_q, capacity, head_dim, window_left;
+  int32_t group, rows, seqlen_q, capacity, window_left;
   uint32_t group_inverse, cluster_inverse;  // ceil(2^20 / group), ceil(2^16 / cluster)
   uint32_t cluster_fraction;                // floor((2^32 - 1) / cluster)
   int32_t zero;                             // 0: makes a value differ between lanes in the compiler's eyes
@@ -32,9 +32,6 @@ struct Args {
   float *lse;
   const void *sinks;
   int32_t sinks_float, num_q_heads, num_kv_heads;
-  float *parts;  // workspace of `splits` partial sums of each unit of the output, and their maxima and weights
-  float2 *scales;
-  int32_t splits;
   gqa_rotary rotary;
 };
 
@@ -66,7 +63,6 @@ inline Args make_args(const gqa_attention_params &p, int cluster, int slices) {
   a.seqlen_q = static_cast<int32_t>(p.seqlen_q);
   a.rows = a.group * a.seqlen_q;
   a.capacity = static_cast<int32_t>(p.cache_capacity);
-  a.head_dim = p.head_dim;
   a.window_left = p.window_left < p.cache_capacity ? p.window_left : -1;  // wider than any sequence: no limit
   a.group_inverse = ((1u << 20) + a.group - 1) / a.group;
   a.cluster_inverse = ((1u << 16) + cluster - 1) / cluster;
@@ -81,6 +77,8 @@ inline Args make_args(const gqa_attention_params &p, int cluster, int slices) {
     set_page_size(static_cast<uint32_t>(p.page_size), &a);
     a.num_pages = static_cast<int32_t>(p.num_pages);
     a.paged_tiles = p.page_size % 16 == 0;
+  } else {
+    set_page_size(1u << 31, &a);  // one page holds every row
   }
   a.k = pointer(p.k), a.v = pointer(p.v);
   bytes(p.k_stride, a.k_in);

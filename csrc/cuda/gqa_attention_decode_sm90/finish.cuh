@@ -1,11 +1,11 @@
 // How partial sums of the Hopper decode kernels meet: warps of a block in shared memory, blocks by one-way stores into
-// the block that owns a unit of the output, or through the workspace. Always in a fixed order.
+// the block that owns a unit of the output. Always in a fixed order.
 #pragma once
 
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/mbarrier.cuh"
-#include "cuda/common/mma_m16n8k16.cuh"
-#include "cuda/gqa_attention_decode_sm90_block.cuh"
+#include "cuda/common/mma.cuh"
+#include "cuda/gqa_attention_decode_sm90/block.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -55,17 +55,6 @@ __device__ void push_sums(const Args &p, const Block<C> &t, char *shared, uint32
   });
 }
 
-// Leaves the block's sums in the workspace, where combine_parts finds them; NaN for an invalid sequence.
-template <typename C>
-__device__ void store_sums(const Args &p, const Block<C> &t, bool valid, const char *shared) {
-  const int64_t first = (static_cast<int64_t>(t.b) * p.num_kv_heads + t.head) * p.rows * C::kSlices;
-  join_warps<C>(p, shared, [&](int unit, int quad, float4 o, float top, float sum) {
-    const int64_t source = (first + unit) * t.cluster + t.rank;
-    reinterpret_cast<float4 *>(p.parts)[source * 8 + quad] = o;
-    if (quad == 0) p.scales[source] = make_float2(valid ? top : __int_as_float(0x7fc00000), sum);
-  });
-}
-
 __device__ __forceinline__ float load_sink(const Args &p, int head, bool half) {
   if (p.sinks == nullptr) return minus_infinity();
   if (p.sinks_float) return static_cast<const float *>(p.sinks)[head] * kLog2e;
@@ -108,7 +97,7 @@ __device__ void finish_unit(const Args &p, int b, int kv_head, int unit, int lan
   }
   const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
   const int d = 32 * slice + 4 * lane;
-  if (lane < 8 && d < p.head_dim) {
+  if (lane < 8) {
     char *to = p.out + b * p.out_stride[0] + token * p.out_stride[1] + head * p.out_stride[2] + 2 * d;
     *reinterpret_cast<uint2 *>(to) = make_uint2(pack<T>(o.x * scale, o.y * scale), pack<T>(o.z * scale, o.w * scale));
   }

@@ -2,12 +2,24 @@
 #pragma once
 
 #include "cuda/common/async_copy.cuh"
-#include "cuda/gqa_attention_decode_sm90_block.cuh"
+#include "cuda/gqa_attention_decode_sm90/block.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
 // What rows of a bad page read as: NaN in either 16-bit type.
 static __device__ const uint4 nan_chunk = {0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu};
+
+__device__ __forceinline__ uint4 load_unaligned16(const char *from) {
+  const auto *x = reinterpret_cast<const uint16_t *>(from);
+  return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
+}
+
+__device__ __forceinline__ void store_unaligned16(char *to, uint4 value) {
+  auto *x = reinterpret_cast<uint16_t *>(to);
+  const uint32_t pairs[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
+}
 
 // Page of row `lane % 16` of a tile, or of the nearest row that is seen; -1 for a bad one.
 template <typename C>
@@ -18,6 +30,7 @@ struct Place {
     return static_cast<uint32_t>((static_cast<uint64_t>(row) * p.page_magic) >> p.page_shift);
   }
   __device__ static int look_up(const Args &p, int b, int row) {
+    if (!C::kAligned && p.block_table.data == nullptr) return 0;
     const int64_t id = load_index(p.block_table, b, page_of(p, row));
     return id >= 0 && id < p.num_pages ? static_cast<int>(id) : -1;
   }
@@ -74,24 +87,27 @@ struct Loader {
                        int64_t outer, int row_bytes, uint32_t address) const {
     const int first = tile * kTile;
     const uint32_t skipped = t.row_low - first, seen = t.row_high - t.row_low;
-    const auto bytes = [&](int at, int chunk_at) {
-      const bool wanted = at - skipped < seen && (!C::kPadded || chunk_at * 8 < p.head_dim);
-      return wanted ? 16u : 0u;
-    };
+    const auto bytes = [&](int at) { return at - skipped < seen ? 16u : 0u; };
     const char *nan = reinterpret_cast<const char *>(__cvta_generic_to_global(&nan_chunk));
-    if (!C::kPaged || p.paged_tiles) {
+    if constexpr (!C::kAligned) {
+      for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
+        const int page = __shfl_sync(~0u, place.page, at);
+        const char *from = head + Place<C>::offset(p, page, first + at, outer, row_bytes) + chunk_at * 16;
+        store_shared16(to_address, bytes(at) == 0 ? uint4{} : page < 0 ? nan_chunk : load_unaligned16(from));
+      });
+    } else if (!C::kPaged || p.paged_tiles) {
       const char *base = head + Place<C>::offset(p, place.page, first, outer, row_bytes);
       for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
         const char *from = base + static_cast<int64_t>(at) * row_bytes + chunk_at * 16;
         if (C::kPaged && place.page < 0) from = nan;
-        copy_async16<C::kRowBytes>(to_address, from, bytes(at, chunk_at));
+        copy_async16<C::kRowBytes>(to_address, from, bytes(at));
       });
     } else {
       for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
         const int page = __shfl_sync(~0u, place.page, at);
         const char *from = head + Place<C>::offset(p, page, first + at, outer, row_bytes) + chunk_at * 16;
         if (page < 0) from = nan;
-        copy_async16<C::kRowBytes>(to_address, from, bytes(at, chunk_at));
+        copy_async16<C::kRowBytes>(to_address, from, bytes(at));
       });
     }
   }
