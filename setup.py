@@ -61,6 +61,8 @@ def cuda_archs() -> tuple[list[str], str]:
     """nvcc's -gencode flags and a short name of the architectures."""
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
     archs = [arch for arch in re.split(r"[\s;]+", wish.strip()) if arch]
+    if not archs:
+        sys.exit(f"gqa_kernels: TORCH_CUDA_ARCH_LIST must name an architecture, got {wish!r}")
     flags, names = [], []
     for arch in archs:
         match = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", arch)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.bounds import DTYPES
-from support.contract import assert_compiles, assert_graph_replays, opcheck
+from support.contract import assert_compiles, assert_compiles_once, assert_graph_replays, opcheck
 from support.guard import Guard, same_bytes
 from torch import Tensor
 
@@ -167,6 +167,18 @@ def test_p17_changing_numbers_do_not_recompile(guard: Guard) -> None:
     for i in range(12):
         assert same_bytes(compiled(logits, 1000 + 7 * i, 2 + i), step(logits, 1000 + 7 * i, 2 + i))
     assert counter.frame_count <= 2
+
+
+def test_p17_settings_on_the_device_do_not_recompile(guard: Guard) -> None:
+    """Any temperature and filter through one compilation, where they are tensors."""
+
+    def function(x: Tensor, floats: Tensor, top_k: Tensor) -> Any:
+        return sample(x, temperature=floats[0], top_p=floats[1], min_p=floats[2], top_k=top_k, seed=3)
+
+    logits = guard.randn(3, 100)
+    assert_compiles_once(
+        function, [(logits, guard.randn(3, 3).abs().clamp(max=1), guard.ints([0, i, 2 * i])) for i in range(12)]
+    )
 
 
 def test_p22_no_synchronisation(gpu: str) -> None:
