@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,6 +141,25 @@ def test_p17_compiles_once(guard: Guard, op: str) -> None:
         return () if result is None else result
 
     assert_compiles_once(function, [sized(op, guard, n) for n in (3, 5, 8, 2)])
+
+
+@every_op
+def test_p17_export_round_trip(device: str, op: str) -> None:
+    """Exported, saved, loaded and run: the bytes of eager."""
+
+    class Module(torch.nn.Module):
+        def forward(self, args: list[Any], options: dict[str, Any]) -> Any:
+            result = getattr(gqa_kernels, op)(*args, **options)
+            return args[0] + 1 if result is None else result
+
+    for seed in range(2):
+        call, other, file = Call(op, seed, device), Call(op, seed, device), io.BytesIO()
+        with torch.no_grad():
+            torch.export.save(torch.export.export(Module(), (call.args, call.options)), file)
+            file.seek(0)
+            loaded = torch.export.load(file).module()
+            assert_same(loaded(call.args, call.options), Module()(other.args, other.options))
+        assert_same(call.written, other.written)
 
 
 @every_op

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention_calls import DECODE_CALLS, PREFILL_CALLS, Call, make_call, name_of
+from support.attention_calls import DECODE_CALLS, FUNCTIONS, PREFILL_CALLS, Call, every_call, make_call
 from support.contract import assert_compiles_once, assert_same, flat, opcheck
 from support.guard import Guard
 from torch import Tensor
@@ -16,14 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gqa_kernels
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
-
-FUNCTIONS: dict[str, Any] = {
-    "gqa_attention_decode": gqa_attention_decode,
-    "gqa_attention_prefill": gqa_attention_prefill,
-}
-CALLS = [("gqa_attention_decode", call) for call in DECODE_CALLS]
-CALLS += [("gqa_attention_prefill", call) for call in PREFILL_CALLS]
-every_call = pytest.mark.parametrize("op, call", CALLS, ids=[f"{op[14:]} {name_of(call)}" for op, call in CALLS])
 
 
 def registered(op: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention_calls import DECODE_CALLS, PREFILL_CALLS, Call, make_call, name_of
+from support.attention_calls import FUNCTIONS, Call, every_call, make_call
 from support.contract import assert_same, capture, flat
 from support.guard import Guard, same_bytes
 from torch import Tensor
@@ -16,21 +16,13 @@ import gqa_kernels
 from gqa_kernels import (
     gqa_attention_decode,
     gqa_attention_decode_workspace_size,
-    gqa_attention_prefill,
     gqa_attention_prefill_workspace_size,
 )
 
-FUNCTIONS: dict[str, Any] = {
-    "gqa_attention_decode": gqa_attention_decode,
-    "gqa_attention_prefill": gqa_attention_prefill,
-}
 SIZES: dict[str, Any] = {
     "gqa_attention_decode": gqa_attention_decode_workspace_size,
     "gqa_attention_prefill": gqa_attention_prefill_workspace_size,
 }
-CALLS = [("gqa_attention_decode", call) for call in DECODE_CALLS]
-CALLS += [("gqa_attention_prefill", call) for call in PREFILL_CALLS]
-every_call = pytest.mark.parametrize("op, call", CALLS, ids=[f"{op[14:]} {name_of(call)}" for op, call in CALLS])
 
 
 def owned_call(op: str, combination: dict[str, Any], device: str) -> Call:

@@ -190,17 +190,6 @@ def test_p17_settings_on_the_device_do_not_recompile(guard: Guard) -> None:
     )
 
 
-def test_p22_no_synchronisation(gpu: str) -> None:
-    logits, one = torch.randn(8, 5000, device=gpu), torch.tensor(0.5, device=gpu)
-    sample(logits, top_p=one)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        sample(logits, top_p=one, top_k=50, return_valid=True, return_logprob=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_p23_graph_replay(gpu: str) -> None:
     """One capture serves other logits, seeds, offsets and settings, from greedy to every filter."""
     rows = 8
