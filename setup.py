@@ -175,7 +175,7 @@ def build_libraries(module: Path) -> None:
 
 
 class BuildExt(build_ext):
-    """Builds in place, then copies into the wheel's folder."""
+    """Builds in place, then copies to where setuptools looks for a wheel, an editable install or --inplace."""
 
     def build_extension(self, ext: Extension) -> None:
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -184,8 +184,6 @@ class BuildExt(build_ext):
         header = PACKAGE / "include/gqa_kernels.h"
         header.parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / "csrc/include/gqa_kernels.h", header)
-        if self.inplace or self.editable_mode:
-            return
         target = Path(self.build_lib) / "gqa_kernels"
         (target / "include").mkdir(parents=True, exist_ok=True)
         for built in (module, PACKAGE / "libgqa_kernels.so"):
