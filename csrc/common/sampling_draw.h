@@ -15,8 +15,10 @@
 
 #if defined(__CUDACC__)
 #define GQA_SAMPLING __device__ __forceinline__
+#define GQA_ROLLED _Pragma("unroll 1")
 #else
 #define GQA_SAMPLING inline
+#define GQA_ROLLED
 #endif
 
 namespace gqa::sampling {
@@ -101,25 +103,25 @@ GQA_SAMPLING Drawn draw(Row &row, const Settings &s, int64_t vocab) {
   const bool limited = s.top_k > 0 && s.top_k < vocab;
   row.weigh(key_to_logit(top.key), s.scale, limited);
   Kept kept;
-  const auto count = [&](uint32_t bin) { return row.count(bin); };
   const auto mass = [&](uint32_t bin) {
     return bin > kept.bin ? 0 : bin_mass(bin == kept.bin ? kept.sum : row.sum(bin), bin);
   };
 
-  if (limited && row.total(count) > static_cast<uint64_t>(s.top_k)) {
-    const Found found = row.find(count, s.top_k);
+  // Top-k by count, top-p by mass, then the mass that is left.
+  uint64_t total = 0;
+  GQA_ROLLED
+  for (int step = limited ? 0 : 1;; ++step) {
+    const bool by_count = step == 0;
+    const auto weight = [&](uint32_t bin) { return by_count ? row.count(bin) : mass(bin); };
+    total = row.total(weight);
+    if (step == 2 || (step == 1 && s.top_p >= kTopPOff)) break;
+    const uint64_t wanted = by_count ? static_cast<uint64_t>(s.top_k) : share_of(total, s.top_p);
+    if (total <= wanted && by_count) continue;
+    const Found found = row.find(weight, wanted);
+    const uint64_t left = wanted - found.before;
     kept.bin = found.bin;
-    kept.key = row.select(found.bin, true, s.top_k - found.before);
+    kept.key = row.select(found.bin, by_count, by_count ? left : sum_for_mass(left, found.bin));
     kept.sum = row.kept_sum(kept);
-  }
-  uint64_t total = row.total(mass);
-  if (s.top_p < kTopPOff) {
-    const uint64_t wanted = share_of(total, s.top_p);
-    const Found found = row.find(mass, wanted);
-    kept.bin = found.bin;
-    kept.key = row.select(found.bin, false, sum_for_mass(wanted - found.before, found.bin));
-    kept.sum = row.kept_sum(kept);
-    total = row.total(mass);
   }
   const uint32_t least_bin = weigh(s.least_exponent).bin;
   if (least_bin != kExcluded && least_bin <= kept.bin) {

@@ -16,6 +16,12 @@ namespace {
 using namespace gqa::sampling;
 using u64 = unsigned long long;
 
+// Other architectures compile an empty kernel: the plan gives their calls to the portable one.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define GQA_SAMPLE_SM90
+#endif
+
+#ifdef GQA_SAMPLE_SM90
 constexpr uint32_t kAll = 0xffffffffu;
 constexpr int kBinEntries = kSampleClusterBins;
 constexpr int kColumns = kSampleClusterColumns;
@@ -54,13 +60,53 @@ struct Scratch {
 };
 static_assert(sizeof(Scratch) <= kSampleClusterCells * sizeof(uint32_t));
 
-__device__ __forceinline__ uint64_t sum_of(u64 entry) { return entry & ((u64{1} << kCountShift) - 1); }
+// A part of a word's bits as a number.
+struct Field {
+  u64 mask = ~u64{0};
+  int shift = 0;
+
+  __device__ u64 operator()(u64 word) const { return (word & mask) >> shift; }
+};
+constexpr u64 kSumMask = (u64{1} << kCountShift) - 1;
+
+__device__ __forceinline__ uint64_t sum_of(u64 entry) { return entry & kSumMask; }
 __device__ __forceinline__ uint64_t count_of(u64 entry) { return entry >> kCountShift; }
 
 __device__ __forceinline__ u64 warp_sum(u64 value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(kAll, value, offset);
   return value;
+}
+
+// The block's sum. Called, not inlined: instructions that run once come from a cold cache.
+template <int kWarps>
+__device__ __noinline__ u64 block_sum(u64 value, u64 *of_warp) {
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  u64 sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += of_warp[w];
+  return sum;
+}
+
+// Leaves the thread at which the running total of field(weight) reaches need, and the total of weights before it.
+template <int kWarps>
+__device__ __forceinline__ void block_cross(u64 weight, u64 need, Field field, u64 *of_warp, Crossing *crossing) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  u64 running = weight;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const u64 below = __shfl_up_sync(kAll, running, offset);
+    if (lane >= offset) running += below;
+  }
+  if (lane == 31) of_warp[warp] = running;
+  __syncthreads();
+  u64 before = running - weight;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) before += w < warp ? of_warp[w] : 0;
+  if (field(before) < need && field(before + weight) >= need) *crossing = {static_cast<int>(threadIdx.x), before};
+  __syncthreads();
 }
 
 // The largest of the values seen so far, NaN aside, and whether there was a NaN.
@@ -139,14 +185,16 @@ class ClusterRow {
       reinterpret_cast<uint4 *>(cells_)[i] = make_uint4(0, 0, 0, 0);
     }
     meanwhile();
+#pragma unroll 1
+    for (int edge = 0; edge < 2; ++edge) load_edge(edge == 0 ? 0 : (vectors_ > 1 ? vectors_ - 1 : -1));
+#pragma unroll 1
     while (v < vectors_) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (v + i * kThreads >= vectors_) break;
-        store_vec(reinterpret_cast<T *>(part_ + v + i * kThreads), batch[i]);
+      for (int i = 0; i < kBatch; ++i, v += kThreads) {
+        if (v >= vectors_ || !is_whole(v)) continue;
+        store_vec(reinterpret_cast<T *>(part_ + v), batch[i]);
         largest_.add(batch[i]);
       }
-      v += kBatch * kThreads;
       fetch(v, batch);
     }
     cluster_wait_acquire();
@@ -172,11 +220,7 @@ class ClusterRow {
   __device__ void weigh(float max, float scale, bool counts) {
     max_ = max;
     scale_ = scale;
-    if (counts) {
-      add_weights<true>();
-    } else {
-      add_weights<false>();
-    }
+    add_weights(counts);
     __syncthreads();
     const int bin = threadIdx.x;
     u64 entry = 0;
@@ -214,7 +258,7 @@ class ClusterRow {
 
   template <typename F>
   __device__ Found find(F &&weight, uint64_t need) {
-    const Crossing at = cross(threadIdx.x < kBins ? weight(threadIdx.x) : 0, need, [](u64 value) { return value; });
+    const Crossing at = cross(threadIdx.x < kBins ? weight(threadIdx.x) : 0, need);
     return {static_cast<uint32_t>(at.thread), at.before};
   }
 
@@ -254,8 +298,7 @@ class ClusterRow {
       }
       share<kDigits>(entry, scratch_.slots, scratch_.digits);
       const u64 descending = mine < kDigits ? scratch_.digits[kDigits - 1 - mine] : 0;
-      const Crossing at =
-          cross(descending, need, [=](u64 value) { return by_count ? count_of(value) : sum_of(value); });
+      const Crossing at = cross(descending, need, by_count ? Field{~kSumMask, kCountShift} : Field{kSumMask, 0});
       const uint32_t digit = kDigits - 1 - at.thread;
       within = scratch_.digits[digit];
       kept += at.before;
@@ -293,7 +336,7 @@ class ClusterRow {
     writes_ = before < need && need - before <= parts[rank_];
     if (!writes_) return {0, 0};
 
-    const Crossing at = cross(mine, need - before, [](u64 value) { return value; });
+    const Crossing at = cross(mine, need - before);
     if (warp() == 0) {
       const int v = at.thread * 32 + lane();
       uint32_t left = static_cast<uint32_t>(need - before - at.before);
@@ -325,21 +368,28 @@ class ClusterRow {
   // Whether place i of the aligned row is a token's.
   __device__ bool holds(int i) const { return static_cast<uint32_t>(i - lead_) < static_cast<uint32_t>(vocab_); }
 
-  // The vectors v, v + kThreads, ... of the part. At the row's ends, places that are no token's become -inf.
+  // Whether the part's vector v holds nothing but tokens.
+  __device__ bool is_whole(int v) const {
+    const int begin = (first_ + v) * kSize;
+    return holds(begin) && holds(begin + kSize - 1);
+  }
+
+  // The vectors v, v + kThreads, ... of the part, where whole.
   __device__ __forceinline__ void fetch(int v, Vec<T> (&batch)[kBatch]) const {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (v + i * kThreads >= vectors_) break;
-      const int begin = (first_ + v + i * kThreads) * kSize;
-      if (holds(begin) && holds(begin + kSize - 1)) {
-        batch[i] = load_vec(z_ + begin);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          batch[i].value[j] = holds(begin + j) ? z_[begin + j] : from_float<T>(-INFINITY);
-        }
-      }
+    for (int i = 0; i < kBatch; ++i, v += kThreads) {
+      if (v < vectors_ && is_whole(v)) batch[i] = load_vec(z_ + (first_ + v) * kSize);
     }
+  }
+
+  // The part's vector v, at an end of the row: what is no token becomes -inf.
+  __device__ void load_edge(int v) {
+    if (v < 0 || v >= vectors_ || v % kThreads != static_cast<int>(threadIdx.x) || is_whole(v)) return;
+    T *to = reinterpret_cast<T *>(part_ + v);
+    const int begin = (first_ + v) * kSize;
+#pragma unroll 1
+    for (int i = 0; i < kSize; ++i) to[i] = holds(begin + i) ? z_[begin + i] : from_float<T>(-INFINITY);
+    largest_.add(vector(v));
   }
 
   __device__ Vec<T> vector(int v) const { return load_vec(reinterpret_cast<const T *>(part_ + v)); }
@@ -363,8 +413,7 @@ class ClusterRow {
     });
   }
 
-  template <bool kCounts>
-  __device__ __forceinline__ void add_weights() const {
+  __device__ __forceinline__ void add_weights(bool with_counts) const {
     uint32_t *column = cells_ + lane(), *counts = counts_ + lane();
     for_each_vector([&](int, const Vec<T> &vec) {
 #pragma unroll
@@ -372,7 +421,7 @@ class ClusterRow {
         const Weight weight = sampling::weigh(exponent_of(to_float(element), max_, scale_));
         if (weight.bin == kExcluded) continue;
         atomicAdd(column + weight.bin * kColumns, weight.m);
-        if (kCounts) atomicAdd(counts + weight.bin / 2 * kColumns, 1u << weight.bin % 2 * 16);
+        if (with_counts) atomicAdd(counts + weight.bin / 2 * kColumns, 1u << weight.bin % 2 * 16);
       }
     });
   }
@@ -431,36 +480,11 @@ class ClusterRow {
     return __reduce_max_sync(kAll, lane() < static_cast<int>(blocks_) ? static_cast<uint32_t>(parts[lane()]) : 0);
   }
 
-  __device__ u64 block_total(u64 value) {
-    u64 *of_warp = next_of_warp();
-    value = warp_sum(value);
-    if (lane() == 0) of_warp[warp()] = value;
-    __syncthreads();
-    u64 sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += of_warp[w];
-    return sum;
-  }
+  __device__ u64 block_total(u64 value) { return block_sum<kWarps>(value, next_of_warp()); }
 
   // The thread at which the running total of field(weight), by thread index, reaches need (from 1 to the total).
-  template <typename F>
-  __device__ Crossing cross(u64 weight, u64 need, F &&field) {
-    u64 *of_warp = next_of_warp();
-    u64 running = weight;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset <<= 1) {
-      const u64 below = __shfl_up_sync(kAll, running, offset);
-      if (lane() >= offset) running += below;
-    }
-    if (lane() == 31) of_warp[warp()] = running;
-    __syncthreads();
-    u64 before = running - weight;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) before += w < warp() ? of_warp[w] : 0;
-    if (field(before) < need && field(before + weight) >= need) {
-      shared_.crossing = {static_cast<int>(threadIdx.x), before};
-    }
-    __syncthreads();
+  __device__ Crossing cross(u64 weight, u64 need, Field field = {}) {
+    block_cross<kWarps>(weight, need, field, next_of_warp(), &shared_.crossing);
     return shared_.crossing;
   }
 
@@ -484,9 +508,11 @@ class ClusterRow {
   uint32_t gathers_ = 0, uses_ = 0;
 };
 
+#endif  // GQA_SAMPLE_SM90
+
 template <typename T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_cluster(const gqa_sample_params p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#ifdef GQA_SAMPLE_SM90
   extern __shared__ __align__(16) uint32_t cluster_cells[];
   __shared__ Shared shared;
   cluster_arrive_release();
@@ -502,7 +528,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_cluster(cons
   if (p.valid != nullptr) p.valid[at] = drawn.valid;
   if (p.logprob != nullptr) p.logprob[at] = drawn.logprob();
 #else
-  __trap();  // the plan gives these params to the portable kernel
+  __trap();
 #endif
 }
 

@@ -19,10 +19,12 @@ __device__ __forceinline__ uint32_t cluster_blocks() {
 
 // Every thread of the cluster arrives, then waits; what it wrote before, anywhere, all see after.
 __device__ __forceinline__ void cluster_arrive_release() {
+  __syncwarp();  // the aligned forms want the whole warp at once
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait_acquire() {
+  __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
