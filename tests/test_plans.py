@@ -224,3 +224,21 @@ def test_prefill_launches_follow_the_work(causal: bool) -> None:
 
     assert blocks(2, 4096) == 2 * blocks(1, 4096)
     assert 1.9 * blocks(1, 4096) <= blocks(1, 8192) <= 2.1 * blocks(1, 4096)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab", [1, 1000, 32000, 128256, 151936, 1 << 18])
+def test_sample_on_hopper_holds_the_row_in_a_cluster(vocab: int, dtype: torch.dtype) -> None:
+    """Its blocks share the row: fewer the more rows there are, but enough to hold it beside the histograms."""
+    blocks = []
+    for rows in (1, 7, 8, 16, 64, 66, 67, 1000):
+        logits = torch.zeros(1, vocab, dtype=dtype).expand(rows, vocab)
+        (launch,) = plan_for(H200, "sample", logits, top_p=0.9)["launches"]
+        assert launch["kernel"] == "sample_cluster" and launch["grid"][0] % rows == 0
+        blocks.append(launch["grid"][0] // rows)
+        held = launch["shared_memory"] * blocks[-1]
+        assert held > vocab * dtype.itemsize and launch["shared_memory"] + 8192 <= H200["max_shared_memory"]
+        (portable,) = plan_for(A100, "sample", logits, top_p=0.9)["launches"]
+        assert portable["kernel"] == "sample_row" and tuple(portable["grid"]) == (rows, 1, 1)
+    assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 8, 16}
+    assert vocab < 128256 or blocks[:4] == [16, 16, 8, 8]

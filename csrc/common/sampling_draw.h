@@ -1,7 +1,8 @@
 // How a row's token is drawn, in terms of what a row can do: CPU rows loop, CUDA rows are a block at work on one row,
 // whose threads all run draw() with the same values. A Row has
 //
-//   top()                       {key, index, has_nan}: the largest logit, the lowest index that holds it
+//   top()                       {key, has_nan} of the largest logit
+//   first(key)                  the lowest index that holds it
 //   weigh(max, scale, counts)   prepares sum(bin) and, if asked, count(bin) of every bin
 //   total(weight)               weight(bin) summed over the bins
 //   find(weight, need)          the first bin at which the running total reaches need, and the total before it
@@ -14,15 +15,16 @@
 
 #if defined(__CUDACC__)
 #define GQA_SAMPLING __device__ __forceinline__
+#define GQA_ROLLED _Pragma("unroll 1")
 #else
 #define GQA_SAMPLING inline
+#define GQA_ROLLED
 #endif
 
 namespace gqa::sampling {
 
 struct Top {
   uint32_t key;
-  int64_t index;
   bool has_nan;
 };
 
@@ -78,40 +80,48 @@ GQA_HOST_DEVICE Settings load_settings(const gqa_sample_params &p, int64_t row) 
   return s;
 }
 
+// The token and its probability under the filters: its bin's share of the mass times its share of the bin.
 struct Drawn {
   int64_t id;
   bool valid;
-  float logprob;
+  uint64_t mass = 1, total = 1, m = 1, sum = 1;
+
+  GQA_HOST_DEVICE float logprob() const {
+    if (!valid) return from_bits(0x7fc00000u);
+    const double of_bin = static_cast<double>(mass) / static_cast<double>(total);
+    const double of_token = static_cast<double>(m) / static_cast<double>(sum);
+    return static_cast<float>(log(of_bin * of_token));
+  }
 };
 
 template <typename Row>
 GQA_SAMPLING Drawn draw(Row &row, const Settings &s, int64_t vocab) {
   const Top top = row.top();
-  if (top.has_nan || top.key <= kLowestKey) return {top.index, false, from_bits(0x7fc00000u)};
-  if (s.greedy) return {top.index, true, 0.0f};
+  const bool valid = !top.has_nan && top.key > kLowestKey;
+  if (!valid || s.greedy) return {row.first(top.key), valid};
 
   const bool limited = s.top_k > 0 && s.top_k < vocab;
   row.weigh(key_to_logit(top.key), s.scale, limited);
   Kept kept;
-  const auto count = [&](uint32_t bin) { return row.count(bin); };
   const auto mass = [&](uint32_t bin) {
     return bin > kept.bin ? 0 : bin_mass(bin == kept.bin ? kept.sum : row.sum(bin), bin);
   };
 
-  if (limited && row.total(count) > static_cast<uint64_t>(s.top_k)) {
-    const Found found = row.find(count, s.top_k);
+  // Top-k by count, top-p by mass, then the mass that is left.
+  uint64_t total = 0;
+  GQA_ROLLED
+  for (int step = limited ? 0 : 1;; ++step) {
+    const bool by_count = step == 0;
+    const auto weight = [&](uint32_t bin) { return by_count ? row.count(bin) : mass(bin); };
+    total = row.total(weight);
+    if (step == 2 || (step == 1 && s.top_p >= kTopPOff)) break;
+    const uint64_t wanted = by_count ? static_cast<uint64_t>(s.top_k) : share_of(total, s.top_p);
+    if (total <= wanted && by_count) continue;
+    const Found found = row.find(weight, wanted);
+    const uint64_t left = wanted - found.before;
     kept.bin = found.bin;
-    kept.key = row.select(found.bin, true, s.top_k - found.before);
+    kept.key = row.select(found.bin, by_count, by_count ? left : sum_for_mass(left, found.bin));
     kept.sum = row.kept_sum(kept);
-  }
-  uint64_t total = row.total(mass);
-  if (s.top_p < kTopPOff) {
-    const uint64_t wanted = share_of(total, s.top_p);
-    const Found found = row.find(mass, wanted);
-    kept.bin = found.bin;
-    kept.key = row.select(found.bin, false, sum_for_mass(wanted - found.before, found.bin));
-    kept.sum = row.kept_sum(kept);
-    total = row.total(mass);
   }
   const uint32_t least_bin = weigh(s.least_exponent).bin;
   if (least_bin != kExcluded && least_bin <= kept.bin) {
@@ -125,9 +135,7 @@ GQA_SAMPLING Drawn draw(Row &row, const Settings &s, int64_t vocab) {
   const Found found = row.find(mass, mul_high(s.random.bin, total) + 1);
   const uint64_t sum = found.bin == kept.bin ? kept.sum : row.sum(found.bin);
   const Picked picked = row.pick(kept, found.bin, mul_high(s.random.token, sum) + 1);
-  const double of_bin = static_cast<double>(mass(found.bin)) / static_cast<double>(total);
-  const double of_token = static_cast<double>(picked.m) / static_cast<double>(sum);
-  return {picked.index, true, static_cast<float>(log(of_bin * of_token))};
+  return {picked.index, true, mass(found.bin), total, picked.m, sum};
 }
 
 }  // namespace gqa::sampling

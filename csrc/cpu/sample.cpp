@@ -58,9 +58,13 @@ class Row {
 
   Top top() const {
     const KeyRange range = key_range(z_, vocab_);
+    return {range.largest, range.smallest == 0};
+  }
+
+  int64_t first(uint32_t of) const {
     int64_t index = 0;
-    while (key(to_float(z_[index])) != range.largest) ++index;
-    return {range.largest, index, range.smallest == 0};
+    while (key(to_float(z_[index])) != of) ++index;
+    return index;
   }
 
   void weigh(float max, float scale, bool) {
@@ -154,7 +158,7 @@ void sample_rows(const gqa_sample_params *p, int64_t first, int64_t last) {
     const Drawn drawn = draw(row, load_settings(*p, i), p->vocab);
     p->ids[i] = drawn.id;
     if (p->valid != nullptr) p->valid[i] = drawn.valid;
-    if (p->logprob != nullptr) p->logprob[i] = drawn.logprob;
+    if (p->logprob != nullptr) p->logprob[i] = drawn.logprob();
   }
 }
 

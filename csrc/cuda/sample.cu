@@ -10,6 +10,7 @@
 
 #include "common/sampling_draw.h"
 #include "cuda/common/launch.cuh"
+#include "cuda/common/sample_sm90.cuh"
 #include "cuda/common/vec.cuh"
 
 namespace gqa::cuda {
@@ -24,6 +25,7 @@ constexpr int kColumns = kSampleColumns;
 constexpr int kDigits = 2 * kThreads;  // digits of the key told apart in one round of select
 constexpr int kDigitBits = 11;
 constexpr int kLimbBits = 10;  // sums of m in two words: 2^18 tokens of 10 bits each fit 32 bits
+static_assert(kWarps == 32);
 static_assert(kDigits == 1 << kDigitBits && 2 * kDigits <= static_cast<int>(kBins + 1) * kColumns);
 
 // Upper bits of the key that can differ: below them, logits widened from 16 bits agree.
@@ -57,25 +59,27 @@ class Row {
 
   __device__ Top top() {
     uint32_t largest = 0;
-    int index = vocab_;
     bool nan = false;
-    for_each(0, vocab_, threadIdx.x, kThreads, [&](int i, float z) {
+    for_each(0, vocab_, threadIdx.x, kThreads, [&](int, float z) {
       const uint32_t of = key(z);
       nan = nan || of == 0;
-      if (of > largest || index == vocab_) largest = of, index = i;
+      largest = max(largest, of);
     });
-    // The lower index wins a tie.
-    u64 best = u64{largest} << 32 | static_cast<uint32_t>(~index);
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) {
-      const u64 other = __shfl_xor_sync(0xffffffffu, best, offset);
-      best = other > best ? other : best;
-    }
-    if (lane() == 0) shared_.of_warp[warp()] = best;
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    if (lane() == 0) shared_.of_warp[warp()] = largest;
     const bool has_nan = __syncthreads_or(nan);
-    for (int w = 0; w < kWarps; ++w) best = shared_.of_warp[w] > best ? shared_.of_warp[w] : best;
+    largest = __reduce_max_sync(0xffffffffu, static_cast<uint32_t>(shared_.of_warp[lane()]));
     __syncthreads();
-    return {static_cast<uint32_t>(best >> 32), static_cast<int64_t>(~static_cast<uint32_t>(best)), has_nan};
+    return {largest, has_nan};
+  }
+
+  __device__ int64_t first(uint32_t of) {
+    int index = vocab_;
+    for_each(0, vocab_, threadIdx.x, kThreads, [&](int i, float z) { index = key(z) == of ? min(index, i) : index; });
+    index = __reduce_min_sync(0xffffffffu, index);
+    if (lane() == 0) shared_.of_warp[warp()] = index;
+    __syncthreads();
+    return __reduce_min_sync(0xffffffffu, static_cast<uint32_t>(shared_.of_warp[lane()]));
   }
 
   __device__ void weigh(float max, float scale, bool counts) {
@@ -254,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_param
   if (threadIdx.x != 0) return;
   p.ids[at] = drawn.id;
   if (p.valid != nullptr) p.valid[at] = drawn.valid;
-  if (p.logprob != nullptr) p.logprob[at] = drawn.logprob;
+  if (p.logprob != nullptr) p.logprob[at] = drawn.logprob();
 }
 
 }  // namespace
@@ -262,8 +266,11 @@ __global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_param
 
 extern "C" gqa_status gqa_sample_cuda(const gqa_sample_params *p, CUstream_st *stream) {
   gqa_plan plan;
-  GQA_RETURN_IF_ERROR(gqa_sample_plan(p, nullptr, &plan));
+  gqa_device device;
+  GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
+  GQA_RETURN_IF_ERROR(gqa_sample_plan(p, &device, &plan));
   if (plan.num_launches == 0) return GQA_STATUS_OK;
+  if (plan.launches[0].variant != 0) return gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
   return gqa::cuda::dispatch_float(p->dtype, [&](auto tag) {
     return gqa::cuda::launch(gqa::cuda::sample_row<typename decltype(tag)::type>, plan.launches[0], stream, *p);
   });

@@ -10,6 +10,27 @@ bool is_readable(const gqa_index &index) {
   return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
 }
 
+// Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them.
+int64_t part_bytes(const gqa_sample_params *p, int64_t blocks) {
+  const int64_t vector = 16 / dtype_size(p->dtype);
+  return ceil_div(ceil_div(p->vocab + vector - 1, vector), blocks) * 16;
+}
+
+int64_t cluster_memory(const gqa_sample_params *p, int64_t blocks) {
+  return kSampleClusterCells * int64_t{4} + part_bytes(p, blocks);
+}
+
+// As many blocks for a row as leave every row one SM or more per block, of 8 KB of logits at least; or as many as it
+// takes to hold the row.
+int64_t blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
+  // Clusters of 16 need an SM group that is whole: seven such are sure on a full device.
+  const int64_t largest = device->num_sms >= 112 && p->rows <= 7 ? 16 : 8;
+  int64_t blocks = 1;
+  while (blocks < largest && part_bytes(p, blocks) >= 16 * 1024 && p->rows * blocks * 2 <= device->num_sms) blocks *= 2;
+  while (blocks < 8 && cluster_memory(p, blocks) + kSampleClusterStatic > device->max_shared_memory) blocks *= 2;
+  return blocks;
+}
+
 }  // namespace
 
 gqa_status check_params(const gqa_sample_params *p) {
@@ -28,11 +49,21 @@ extern "C" {
 
 int64_t gqa_sample_rows(const gqa_sample_params *p) { return p->rows; }
 
-gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *, gqa_plan *plan) {
+gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device, gqa_plan *plan) {
   GQA_RETURN_IF_ERROR(gqa::check_params(p));
   *plan = {};
   if (p->rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
+  if (device->compute_capability == 90) {
+    const int64_t blocks = gqa::blocks_per_row(p, device);
+    if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+    // One block to an SM where it holds much of a row: then twice the threads.
+    const int64_t shared_memory = gqa::cluster_memory(p, blocks), threads = shared_memory > 110 * 1024 ? 1024 : 512;
+    gqa::add_launch(plan, gqa::make_launch("sample", "sample_cluster", p->dtype, {p->rows * blocks}, {threads},
+                                           shared_memory, static_cast<int32_t>(blocks)));
+    plan->reason = "a cluster of blocks per row holds the row in shared memory";
+    return GQA_STATUS_OK;
+  }
   const int64_t shared_memory = (gqa::sampling::kBins + 1) * gqa::kSampleColumns * sizeof(uint32_t);
   gqa::add_launch(plan,
                   gqa::make_launch("sample", "sample_row", p->dtype, {p->rows}, {gqa::kSampleThreads}, shared_memory));
