@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "common/status.h"
+#include "plan/plan.h"
 
 namespace gqa {
 namespace {
@@ -46,12 +46,6 @@ bool has_aligned_cache(const gqa_attention_params *p) {
 
 bool fits_rows(const int64_t *stride) { return stride[1] >= 0 && stride[1] <= kMaxInt / 2; }
 
-// Code for the device is in this library, or the library is built without CUDA and only asked what would run.
-bool has_code() {
-  const char *archs = gqa_cuda_archs();
-  return archs[0] == '\0' || std::strstr(archs, "90") != nullptr;
-}
-
 int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
   const int row_tiles = query_rows(p) > 8 ? 2 : 1;
   int shape = 0;
@@ -70,7 +64,7 @@ int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t 
 const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *device) {
   if (kernel_override.load(std::memory_order_relaxed) == kPortable) return "the portable kernels were asked for";
   if (device->compute_capability != 90) return "clusters of blocks need compute capability 9.0";
-  if (device->num_sms < kMinSms || !has_code()) return "clusters of blocks need a whole GPU and code for sm_90";
+  if (device->num_sms < kMinSms || !has_sm90_code()) return "clusters of blocks need a whole GPU and code for sm_90";
   if (p->dtype == GQA_DTYPE_FLOAT32) return "float32 runs on the CUDA cores, one warp per row";
   if (p->num_splits > 0) return "the number of splits was given";
   if (p->batch_invariant) return "batch_invariant: splits follow each row's own length";

@@ -1,6 +1,8 @@
 // Plans: which kernel serves which params. Pure functions of integers, built with or without CUDA.
 #pragma once
 
+#include <cstring>
+
 #include "common/status.h"
 
 namespace gqa {
@@ -19,6 +21,12 @@ inline gqa_launch make_launch(const char *op, const char *kernel, int32_t dtype,
           static_cast<int32_t>(shared_memory),
           1,
           variant};
+}
+
+// Whether this library's kernels for sm_90 hold code. A library without CUDA plans for one with all of it.
+inline bool has_sm90_code() {
+  const char *archs = gqa_cuda_archs();
+  return archs[0] == '\0' || std::strstr(archs, "90") != nullptr;
 }
 
 inline void add_launch(gqa_plan *plan, const gqa_launch &launch) { plan->launches[plan->num_launches++] = launch; }

@@ -54,7 +54,7 @@ gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device,
   *plan = {};
   if (p->rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
-  if (device->compute_capability == 90) {
+  if (device != nullptr && device->compute_capability == 90 && gqa::has_sm90_code()) {
     const int64_t blocks = gqa::blocks_per_row(p, device);
     if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
     // One block to an SM where it holds much of a row: then twice the threads.
