@@ -265,11 +265,12 @@ __global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_param
 }  // namespace gqa::cuda
 
 extern "C" gqa_status gqa_sample_cuda(const gqa_sample_params *p, CUstream_st *stream) {
+  GQA_RETURN_IF_ERROR(gqa::check_params(p));
+  if (p->rows == 0) return GQA_STATUS_OK;
   gqa_plan plan;
   gqa_device device;
   GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
   GQA_RETURN_IF_ERROR(gqa_sample_plan(p, &device, &plan));
-  if (plan.num_launches == 0) return GQA_STATUS_OK;
   if (plan.launches[0].variant != 0) return gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
   return gqa::cuda::dispatch_float(p->dtype, [&](auto tag) {
     return gqa::cuda::launch(gqa::cuda::sample_row<typename decltype(tag)::type>, plan.launches[0], stream, *p);
