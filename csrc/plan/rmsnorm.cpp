@@ -8,8 +8,8 @@
 namespace gqa {
 namespace {
 
-// As many rows as 132 SMs hold blocks of 512 threads.
-constexpr int64_t kFewRowsLimit = 528;
+// Two rows an SM: from there on bytes in flight count for more than latency.
+constexpr int64_t kFewRowsLimit = 264;
 
 template <typename Params>
 gqa_status check(const Params *p) {
