@@ -49,7 +49,10 @@ def render() -> str:
     """The README's part between the markers, markers included."""
     lines: list[str] = []
     for group, title in {**TITLES, "model": "HuggingFace generate(), batch 1, random weights"}.items():
-        result = json.loads((RESULTS / f"nvidia-h200-{group}.json").read_text())
+        path = RESULTS / f"nvidia-h200-{group}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
         if not lines:
             lines = [
                 f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit'][:10]}, "
