@@ -61,6 +61,8 @@ def cuda_archs() -> tuple[list[str], str]:
     """nvcc's -gencode flags and a short name of the architectures."""
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
     archs = [arch for arch in re.split(r"[\s;]+", wish.strip()) if arch]
+    if not archs:
+        sys.exit(f"gqa_kernels: TORCH_CUDA_ARCH_LIST must name an architecture, got {wish!r}")
     flags, names = [], []
     for arch in archs:
         match = re.fullmatch(r"(\d+)\.(\d+)(a?)(\+PTX)?", arch)
@@ -173,7 +175,7 @@ def build_libraries(module: Path) -> None:
 
 
 class BuildExt(build_ext):
-    """Builds in place, then copies into the wheel's folder."""
+    """Builds in place, then copies to where setuptools looks for a wheel, an editable install or --inplace."""
 
     def build_extension(self, ext: Extension) -> None:
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -182,8 +184,6 @@ class BuildExt(build_ext):
         header = PACKAGE / "include/gqa_kernels.h"
         header.parent.mkdir(exist_ok=True)
         shutil.copyfile(ROOT / "csrc/include/gqa_kernels.h", header)
-        if self.inplace or self.editable_mode:
-            return
         target = Path(self.build_lib) / "gqa_kernels"
         (target / "include").mkdir(parents=True, exist_ok=True)
         for built in (module, PACKAGE / "libgqa_kernels.so"):

@@ -63,8 +63,7 @@ def run_group(
         rows += measured
         if case.skipped:
             skipped[case.name] = case.skipped
-        if case.goal is not None:
-            verdicts.append(case.goal.verdict(measured))
+        verdicts += [goal.verdict(measured) for goal in case.goals]
         if settings.cuda:
             torch.cuda.empty_cache()
     return rows, skipped, verdicts

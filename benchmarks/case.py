@@ -23,6 +23,7 @@ class Contestant:
     name: str
     call: Callable[[Inputs], Any]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    capturing: Callable[[Inputs], AbstractContextManager[Any]] = nullcontext  # inputs as a graph is captured with them
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Case:
     flops: float = 0.0
     most_copies: int = 1024
     cold_too: bool = False  # the copies may fit the L2: also measure ours with copies that do not
-    goal: Goal | None = None
+    goals: tuple[Goal, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -96,7 +97,7 @@ def _measure(
     except AssertionError as error:
         raise AssertionError(f"{case.name}: {contestant.name} is wrong: {error}") from error
     del result
-    kernel = kernel_us(contestant.call, inputs, settings) if settings.cuda else None
+    kernel = kernel_us(contestant.call, inputs, settings, contestant.capturing) if settings.cuda else None
     call = call_us(contestant.call, inputs[0], settings)
     return _row(case, contestant.name, kernel, call, limit)
 

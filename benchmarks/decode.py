@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from benchmarks.check import assert_close, attention_rows
 from benchmarks.report import Goal
 from benchmarks.shapes import Attention
 from benchmarks.timing import Settings
+
+CAPTURED_AT_1 = OURS + " (captured at 1)"  # a graph captured at length 1, replayed at the lengths of the case
+
+
+@contextmanager
+def _at_length_1(x: Inputs) -> Iterator[None]:
+    lengths = x["lengths"].clone()
+    x["lengths"].fill_(1)
+    yield
+    x["lengths"].copy_(lengths)
 
 
 def cases(settings: Settings, quick: bool) -> Iterator[Case]:
@@ -48,9 +59,13 @@ def _case(shape: Attention, settings: Settings) -> Case:
             reference = attention_rows(x["q"][part], x["k"][part, :length], x["v"][part, :length], row, False)
             assert_close(out[part], [reference])
 
-    ours = Contestant(
-        OURS, lambda x: gqa_kernels.gqa_attention_decode(x["q"], x["k"], x["v"], cache_seqlens=x["lengths"])
-    )
+    def call(x: Inputs) -> Tensor:
+        out: Tensor = gqa_kernels.gqa_attention_decode(x["q"], x["k"], x["v"], cache_seqlens=x["lengths"])
+        return out
+
+    ours = [Contestant(OURS, call)]
+    if settings.cuda:
+        ours.append(Contestant(CAPTURED_AT_1, call, capturing=_at_length_1))
     keys = sum(lengths) * shape.kv_heads * shape.head_dim
     is_floor = settings.cuda and shape in shapes.DECODE_QUICK
     return Case(
@@ -58,10 +73,10 @@ def _case(shape: Attention, settings: Settings) -> Case:
         op="gqa_attention_decode",
         shape=shape.decode_name,
         make=make,
-        contestants=[ours, *peers.decode(shape, settings.device)],
+        contestants=[*ours, *peers.decode(shape, settings.device)],
         check=check,
         limit="read",
         traffic=2 * keys * dtype.itemsize,
         flops=4.0 * sum(lengths) * shape.q_heads * shape.head_dim,
-        goal=Goal(share=1 / 3) if is_floor else None,
+        goals=(Goal(share=1 / 3), Goal(at_most=(CAPTURED_AT_1, 1.1))) if is_floor else (),
     )

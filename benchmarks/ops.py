@@ -207,5 +207,5 @@ def _case(
         traffic=moved,
         most_copies=WARM_COPIES,
         cold_too=True,
-        goal=Goal(rate=TB_PER_S) if large else None,
+        goals=(Goal(rate=TB_PER_S),) if large else (),
     )

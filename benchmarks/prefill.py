@@ -55,5 +55,5 @@ def _case(shape: Attention, settings: Settings) -> Case:
         traffic=2 * tokens * (shape.q_heads + shape.kv_heads) * shape.head_dim * dtype.itemsize,
         flops=4.0 * tokens * shape.seqlen * shape.q_heads * shape.head_dim / (2 if shape.causal else 1),
         most_copies=4,
-        goal=Goal(peer=("SDPA flash", 0.25)) if is_floor else None,
+        goals=(Goal(peer=("SDPA flash", 0.25)),) if is_floor else (),
     )

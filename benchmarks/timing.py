@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,24 +44,33 @@ def call_us(call: Callable[[T], Any], inputs: T, settings: Settings) -> float:
     return float(timer.blocked_autorange(min_run_time=settings.seconds).median * 1e6)
 
 
-def kernel_us(call: Callable[[T], Any], inputs: Sequence[T], settings: Settings) -> float:
+def kernel_us(
+    call: Callable[[T], Any],
+    inputs: Sequence[T],
+    settings: Settings,
+    capturing: Callable[[T], AbstractContextManager[Any]] = nullcontext,
+) -> float:
     """Microseconds of device time of one call: a graph of calls, each on the next inputs, is replayed and divided.
 
-    Outputs are kept for one lap, so that writes go to memory that is as cold as the inputs.
+    Outputs are kept for one lap, so that writes go to memory that is as cold as the inputs. ``capturing`` may give the
+    inputs other values in place for as long as the graph is captured.
     """
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for values in inputs:
-            call(values)
-    torch.cuda.synchronize()
     laps = math.ceil(FEWEST_CALLS / len(inputs))
     kept: deque[Any] = deque(maxlen=len(inputs))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(laps):
+    with ExitStack() as changed:
+        for values in inputs:
+            changed.enter_context(capturing(values))
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for values in inputs:
-                kept.append(call(values))
+                call(values)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(laps):
+                for values in inputs:
+                    kept.append(call(values))
     first = _replay_ms(graph, 1)
     times = 1 + int(1000 * settings.seconds / BLOCKS / max(first, 1e-3))
     blocks = sorted(_replay_ms(graph, times) / times for _ in range(BLOCKS))

@@ -76,8 +76,9 @@ def sample(
 
     Each setting is a number, or a tensor on the device of ``logits``: of no dimensions (one value for all rows), or
     with one value per row, in the shape of ``logits`` without its last dimension. Tensors can change between the
-    replays of a CUDA graph. Filters apply in the order of the arguments, each to what the one before has kept, and a
-    token that ties with the last one kept is kept too.
+    replays of a CUDA graph, and ``torch.compile`` takes any value of theirs without compiling again; so it does with a
+    number for seed, offset and top_k, but not with another float. Filters apply in the order of the arguments, each to
+    what the one before has kept, and a token that ties with the last one kept is kept too.
 
     Args:
         logits: ``[..., vocab]`` float32, float16 or bfloat16, any strides, vocab up to 262144.

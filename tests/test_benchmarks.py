@@ -104,6 +104,8 @@ def test_goals() -> None:
     assert Goal(share=1 / 3).verdict([ours, peer]).endswith("2.00 x the floor, at most 3.0 x: met")
     assert Goal(rate=2e12).verdict([ours]).endswith("1.00 TB/s, at least 2.0: MISSED")
     assert Goal(peer=("peer", 0.25)).verdict([ours, peer]).endswith("0.50 x peer, at least 0.25 x: met")
+    assert Goal(at_most=("peer", 1.1)).verdict([ours, peer]).endswith("peer takes 0.50 x the time, at most 1.10 x: met")
+    assert Goal(at_most=("peer", 0.4)).verdict([ours, peer]).endswith("MISSED")
     assert Goal(peer=("other", 0.25)).verdict([ours, peer]).endswith("other did not run")
 
 

@@ -8,23 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention_calls import DECODE_CALLS, PREFILL_CALLS, Call, make_call, name_of
-from support.contract import assert_same, flat, opcheck
+from support.attention_calls import DECODE_CALLS, FUNCTIONS, PREFILL_CALLS, Call, every_call, make_call
+from support.contract import assert_compiles_once, assert_same, flat, opcheck
 from support.guard import Guard
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gqa_kernels
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
-
-FUNCTIONS: dict[str, Any] = {
-    "gqa_attention_decode": gqa_attention_decode,
-    "gqa_attention_prefill": gqa_attention_prefill,
-}
-CALLS = [("gqa_attention_decode", call) for call in DECODE_CALLS]
-CALLS += [("gqa_attention_prefill", call) for call in PREFILL_CALLS]
-every_call = pytest.mark.parametrize("op, call", CALLS, ids=[f"{op[14:]} {name_of(call)}" for op, call in CALLS])
 
 
 def registered(op: str) -> Any:
@@ -52,23 +43,6 @@ def test_p19_fake_equals_real(guard: Guard, op: str, call: dict[str, Any]) -> No
             fake = registered(op)(**fakes)
         for a, b in zip(fake, real):
             assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
-
-
-def assert_compiles_once(function: Any, arguments: list[tuple[Any, ...]]) -> None:
-    """fullgraph, every set of arguments through one compilation, the bytes of eager."""
-    first, counter = 0, CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
-    # Sizes that happen to be equal in the first call are not meant to stay so.
-    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):
-        for i, given in enumerate(arguments):
-            copies = [[x.clone() if isinstance(x, Tensor) else x for x in given] for _ in range(2)]
-            assert_same(compiled(*copies[0]), function(*copies[1]))
-            for mine, other in zip(*copies):
-                if isinstance(mine, Tensor):
-                    assert_same(mine, other)
-            first = counter.frame_count if i == 0 else first
-    assert counter.frame_count == first, f"compiled {counter.frame_count - first} times again"
 
 
 @pytest.mark.abi

@@ -16,6 +16,8 @@ from support.guard import Guard, same_bytes
 
 from gqa_kernels import gqa_attention_decode
 
+pytestmark = pytest.mark.parametrize("device", ["cpu", "cuda", "cuda portable"], indirect=True)
+
 HEADS = [(1, 1), (3, 3), (4, 2), (24, 8), (4, 1), (7, 1), (21, 3), (8, 1), (32, 1), (71, 1), (142, 2)]
 
 
@@ -67,7 +69,8 @@ def test_p1_every_length(guard: Guard, dtype: torch.dtype, queries: int) -> None
     """Every cached length from 0 to 130, appending or not: queries without a key included."""
     for new in (queries, 0):
         lengths = [(queries, cached, new) for cached in range(131)]
-        case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=32)
+        head_dim = 64 if guard.device == "cuda" else 32
+        case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=head_dim)
         for page_size in (None, 16):
             cache = build_cache(case, guard, page_size=page_size, fill=math.nan)
             case.check(run_cached(case, guard, cache, decode=True), f"{new} new keys, pages of {page_size}")
@@ -79,8 +82,10 @@ def test_p1_every_key_counts_once(guard: Guard, dtype: torch.dtype, window: tupl
     """With equal scores exp(lse) is the number of keys and out their share of ones: one key too many shows."""
     for queries in (1, 6):
         lengths = [(queries, cached, queries) for cached in range(131)]
-        case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=16, window=window)
-        marks = [(torch.arange(len(v))[:, None] % 16 == torch.arange(16)).to(dtype)[:, None] for v in case.v]
+        head_dim = 64 if guard.device == "cuda" else 16
+        case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=head_dim, window=window)
+        columns = torch.arange(head_dim)
+        marks = [(torch.arange(len(v))[:, None] % head_dim == columns).to(dtype)[:, None] for v in case.v]
         case = case.change(q=[q * 0 for q in case.q], v=marks)
         case.check(run_cached(case, guard, build_cache(case, guard), decode=True))
 
@@ -89,8 +94,34 @@ def test_p1_every_key_counts_once(guard: Guard, dtype: torch.dtype, window: tupl
 @pytest.mark.parametrize("page_size", [None, 64])
 def test_p1_lengths_about_powers_of_two(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
     lengths = [(1, 2**n + i - 1, 1) for n in range(7, 13) for i in (-1, 0, 1)]
-    case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=32)
-    case.check(run_cached(case, guard, build_cache(case, guard, page_size=page_size), decode=True))
+    for head_dim in (64, 96, 128, 256) if guard.device == "cuda" else (32,):
+        case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=head_dim)
+        case.check(run_cached(case, guard, build_cache(case, guard, page_size=page_size), decode=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_p11_any_cache_at_every_share(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """From one sequence to many, from few blocks a sequence to many: in pages or misaligned, the same bytes."""
+    calls = ((1, 4096, 1), (1, 1024, 8), (2, 2048, 3), (9, 640, 1), (40, 256, 2))
+    for batch, capacity, queries in calls if device == "cuda" else calls[3:4]:
+        guard = Guard(device)
+        case = make_case(
+            [(queries, capacity - 40 - 7 * (b % 9), queries) for b in range(batch)],
+            dtype=dtype,
+            heads=(4, 2),
+            head_dim=head_dim,
+            rotary=make_rotary(head_dim, 4096),
+        )
+        expected = run_cached(case, guard, build_cache(case, guard, capacity=capacity), decode=True)
+        case.check(expected, f"batch {batch}")
+        paged = [build_cache(case, guard, page_size=size, capacity=capacity, fill=math.nan) for size in (16, 7)]
+        odd = build_cache(case, guard, capacity=capacity)
+        odd.k, odd.v = (guard.place(x, offset=1, writable=True) for x in (odd.k, odd.v))
+        for cache in (*paged, odd):
+            for part, other in zip(run_cached(case, guard, cache, decode=True), expected):
+                assert same_bytes(part, other), (batch, capacity)
+        guard.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,15 +1,14 @@
-"""Attention in execution on a GPU: no synchronisation, capture and replay, exact workspaces, flat memory, streams."""
+"""Attention in execution on a GPU: no synchronisation, capture and replay, exact workspaces, streams."""
 
 from __future__ import annotations
 
 import math
-import resource
 from typing import Any
 
 import pytest
 import torch
-from support.attention_calls import DECODE_CALLS, PREFILL_CALLS, Call, make_call, name_of
-from support.contract import assert_same, flat
+from support.attention_calls import FUNCTIONS, Call, every_call, make_call
+from support.contract import assert_same, capture, flat
 from support.guard import Guard, same_bytes
 from torch import Tensor
 
@@ -17,40 +16,19 @@ import gqa_kernels
 from gqa_kernels import (
     gqa_attention_decode,
     gqa_attention_decode_workspace_size,
-    gqa_attention_prefill,
     gqa_attention_prefill_workspace_size,
-    kv_cache_append,
 )
 
-FUNCTIONS: dict[str, Any] = {
-    "gqa_attention_decode": gqa_attention_decode,
-    "gqa_attention_prefill": gqa_attention_prefill,
-}
 SIZES: dict[str, Any] = {
     "gqa_attention_decode": gqa_attention_decode_workspace_size,
     "gqa_attention_prefill": gqa_attention_prefill_workspace_size,
 }
-CALLS = [("gqa_attention_decode", call) for call in DECODE_CALLS]
-CALLS += [("gqa_attention_prefill", call) for call in PREFILL_CALLS]
-every_call = pytest.mark.parametrize("op, call", CALLS, ids=[f"{op[14:]} {name_of(call)}" for op, call in CALLS])
 
 
 def owned_call(op: str, combination: dict[str, Any], device: str) -> Call:
     """A call whose tensors may be changed in place."""
     call = make_call(op, combination, Guard(device))
     return Call(op, {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.keywords.items()})
-
-
-def capture(function: Any) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = function()
-    return graph, flat(captured)
 
 
 @every_call
@@ -169,31 +147,6 @@ def test_p5_splits_need_a_workspace(gpu: str) -> None:
     for splits in (0, 2, 7, 32):
         size = assert_exact_workspace("gqa_attention_decode", {**given, "num_splits": splits})
         assert size > 0 or splits == 0
-
-
-def test_p25_memory_is_flat(gpu: str) -> None:
-    given = decode_buffers(gpu)
-    prefill = {name: torch.randn(2, 64, heads, 64, device=gpu) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
-    new = {name: given[name] for name in ("k", "v", "k_cache", "v_cache", "cache_seqlens", "block_table")}
-
-    def step() -> None:
-        gqa_attention_decode(**given)
-        gqa_attention_prefill(**prefill)
-        kv_cache_append(**new)
-
-    def usage() -> tuple[int, int, int]:
-        torch.cuda.synchronize()
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), host
-
-    for _ in range(200):
-        step()
-    before = usage()
-    for _ in range(5000):
-        step()
-    after = usage()
-    assert after[:2] == before[:2], "device memory grew"
-    assert after[2] - before[2] < 4096, "host memory grew by more than 4 MiB"
 
 
 def test_p14_repeatable_beside_traffic(gpu: str) -> None:

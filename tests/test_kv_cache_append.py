@@ -12,6 +12,7 @@ from support.attention_layout import INT_MAX, INT_MIN, Cache, build_cache, check
 from support.bounds import DTYPES
 from support.contract import assert_compiles, opcheck
 from support.guard import Guard, same_bytes
+from support.pairs import pairwise
 from torch import Tensor
 
 import gqa_kernels
@@ -190,17 +191,34 @@ def test_p9_empty(guard: Guard, dtype: torch.dtype) -> None:
         kv_cache_append(rows, rows, *caches, cache_seqlens=guard.ints([3] * batch))
 
 
+PATTERNS = pairwise(
+    {
+        "rotary": ["none", "table", "gathered", "positions"],
+        "page_size": [None, 16],
+        "leftpad": [False, True],
+        "interleaved": [False, True],
+    }
+)
+
+
 @every_dtype
 def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
     case = make_case([(3, cached, 3) for cached in (0, 9)], dtype=dtype)
     k, v = new_rows(case, guard)
     tables = {"rotary_cos": guard.place(make_rotary(64).cos), "rotary_sin": guard.place(make_rotary(64).sin)}
     op = torch.ops.gqa_kernels.kv_cache_append.default
-    for page_size in (None, 16):
-        cache = build_cache(case, guard, page_size=page_size)
-        common = {"cache_seqlens": cache.seqlens, "block_table": cache.block_table}
-        for options in ({}, tables, {"cache_leftpad": guard.ints([1, 2]), "rotary_interleaved": True, **tables}):
-            opcheck(op, (k, v, cache.k.clone(), cache.v.clone()), {**common, **options})
+    for pattern in PATTERNS:
+        cache = build_cache(case, guard, page_size=pattern["page_size"])
+        options: dict[str, Any] = {"cache_seqlens": cache.seqlens, "block_table": cache.block_table}
+        if pattern["leftpad"]:
+            options["cache_leftpad"] = guard.ints([1, 2])
+        if pattern["rotary"] != "none":
+            options |= {**tables, "rotary_interleaved": pattern["interleaved"]}
+        if pattern["rotary"] == "gathered":
+            options |= {name: guard.place(table[:3][None].cpu()) for name, table in tables.items()}
+        if pattern["rotary"] == "positions":
+            options["rotary_positions"] = guard.ints([[1, 2, 3], [4, 5, 6]])
+        opcheck(op, (k, v, cache.k.clone(), cache.v.clone()), options)
 
 
 def test_p17_compile(guard: Guard) -> None:

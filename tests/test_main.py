@@ -17,8 +17,11 @@ from gqa_kernels.explain import OPS
 
 
 def run(*options: str, **environment: str) -> str:
+    """Started beside the package that this process imported: a source tree may hold another copy."""
     command = [sys.executable, "-m", "gqa_kernels", *options]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment).stdout
+    place = Path(gqa_kernels.__file__).parents[1]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=place, env=os.environ | environment)
+    return done.stdout
 
 
 @pytest.mark.abi

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.calls import random_call
@@ -70,6 +72,14 @@ def test_a_plan_is_repeatable(op: str) -> None:
     assert plan_for(H200, op, *args, **kwargs) == plan_for(H200, op, *args, **kwargs)
 
 
+@pytest.fixture
+def portable() -> Iterator[None]:
+    C.set_kernel_override(1)
+    yield
+    C.set_kernel_override(0)
+
+
+@pytest.mark.usefixtures("portable")
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("heads", [(32, 8), (14, 2), (8, 8), (32, 1)])
 def test_splits_grow_with_the_capacity(gpu: str, heads: tuple[int, int]) -> None:
@@ -78,6 +88,7 @@ def test_splits_grow_with_the_capacity(gpu: str, heads: tuple[int, int]) -> None
     assert counts[0] == 1 and counts[-1] > 1
 
 
+@pytest.mark.usefixtures("portable")
 def test_splits_shrink_with_the_batch() -> None:
     """Enough sequences fill the device alone."""
     counts = [splits(decode(2**power, 8192)) for power in range(9)]
@@ -85,6 +96,7 @@ def test_splits_shrink_with_the_batch() -> None:
     assert counts == sorted(counts, reverse=True), counts
 
 
+@pytest.mark.usefixtures("portable")
 def test_split_blocks_fill_the_device_but_not_much_more() -> None:
     for batch, capacity in ((1, 4096), (1, 131072), (3, 20000), (8, 4096)):
         plan = decode(batch, capacity)
@@ -122,6 +134,84 @@ def test_workspace_holds_the_partial_results() -> None:
         size = decode(batch, 8192, seqlen=seqlen, num_splits=count)["workspace_size"]
         least = count * batch * seqlen * 32 * (128 + 1) * 4
         assert least <= size <= 1.1 * least + 4096
+
+
+def cluster(plan: dict[str, object]) -> int:
+    """Blocks that share the keys of a sequence and KV head; 0 where the kernel for sm_90 is not chosen."""
+    launch = plan["launches"][0]
+    if launch["kernel"] != "decode_ring":
+        return 0
+    assert len(plan["launches"]) == 1 and plan["workspace_size"] == 0
+    assert launch["grid"][0] == launch["num_splits"]
+    return launch["num_splits"]
+
+
+@pytest.mark.parametrize(
+    "heads, batch, capacity, blocks, threads",
+    [
+        ((32, 8), 1, 2048, 8, 256),
+        ((32, 8), 1, 8192, 8, 256),
+        ((32, 8), 1, 16384, 16, 128),
+        ((28, 4), 1, 8192, 16, 128),
+        ((32, 8), 8, 4096, 4, 128),
+        ((32, 8), 16, 2048, 2, 128),
+        ((32, 8), 64, 4096, 2, 256),
+        ((32, 8), 256, 4096, 1, 256),
+        ((32, 8), 1, 256, 2, 256),
+    ],
+)
+def test_clusters(heads: tuple[int, int], batch: int, capacity: int, blocks: int, threads: int) -> None:
+    plan = decode(batch, capacity, heads=heads)
+    assert (cluster(plan), plan["launches"][0]["block"][0]) == (blocks, threads)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (14, 2), (8, 8), (16, 1)])
+def test_clusters_grow_with_the_capacity_and_fill_the_device(heads: tuple[int, int]) -> None:
+    counts = [cluster(decode(1, 2**power, heads=heads)) for power in range(4, 18)]
+    assert counts == sorted(counts) and counts[0] >= 1 and counts[-1] > 1, counts
+    for batch in range(1, 80):
+        plan = decode(batch, 8192, heads=heads)
+        resident = 1 if plan["launches"][0]["shared_memory"] > 116000 else 2
+        # A cluster of 16 finds room in each of seven groups of SMs, one of 8 in two places of each.
+        if batch * heads[1] * cluster(plan) <= 132:
+            assert batch * heads[1] <= resident * {1: 132, 2: 66, 4: 30, 8: 15, 16: 7}[cluster(plan)]
+
+
+def test_clusters_take_what_they_were_built_for() -> None:
+    def small(gpu: dict[str, int], dtype: torch.dtype, head_dim: int = 64) -> dict[str, object]:
+        q, cache = torch.zeros(2, 1, 4, head_dim, dtype=dtype), torch.zeros(2, 300, 2, head_dim, dtype=dtype)
+        lengths = torch.zeros(2, dtype=torch.int32)
+        return plan_for(gpu, "gqa_attention_decode", q, cache, cache, cache_seqlens=lengths)
+
+    assert cluster(small(H200, torch.bfloat16))
+    assert cluster(decode(2, 4096)) and cluster(decode(2, 4096, seqlen=4, heads=(16, 4)))
+    refused = [
+        decode(2, 4096, seqlen=5, heads=(16, 4)),
+        decode(2, 4096, num_splits=3),
+        decode(2, 4096, batch_invariant=True),
+        decode(2, 4096, gpu="A100"),
+        small({**H200, "num_sms": 60}, torch.bfloat16),
+        small(H200, torch.float32),
+        small(H200, torch.bfloat16, head_dim=80),
+    ]
+    assert not any(cluster(plan) for plan in refused)
+    assert all(plan["reason"] for plan in refused)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_p12_pages_are_divided_as_a_contiguous_cache(batch: int) -> None:
+    for capacity in (112, 2048, 5000):
+        contiguous = decode(batch, capacity, heads=(8, 2))
+        for page in (7, 16, 64):
+            columns = -(-capacity // page)
+            if columns * page // 256 != capacity // 256:
+                continue
+            pool, q = wide(batch * columns, page, 2, 128), wide(batch, 1, 8, 128)
+            table, lengths = torch.zeros(batch, columns, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+            options = {"cache_seqlens": lengths, "block_table": table}
+            paged = plan_for(H200, "gqa_attention_decode", q, pool, pool, **options)
+            for key in ("kernel", "grid", "block", "num_splits"):
+                assert paged["launches"][0][key] == contiguous["launches"][0][key], (capacity, page)
 
 
 @pytest.mark.parametrize("causal", [False, True])

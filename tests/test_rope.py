@@ -11,6 +11,7 @@ import torch
 from support.bounds import DTYPES, assert_within_bound, to_numpy
 from support.contract import assert_compiles, assert_graph_replays, assert_same, opcheck
 from support.guard import Guard, same_bytes
+from support.pairs import pairwise
 from torch import Tensor
 
 from gqa_kernels import rope, rope_, rope_tables, validation
@@ -298,18 +299,28 @@ def test_p3_in_place_writes_only_its_heads(guard: Guard, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["rope", "rope_"])
 def test_p16_opcheck(guard: Guard, dtype: torch.dtype, op: str) -> None:
-    q, k = (guard.randn(2, 3, heads, 32, dtype=dtype, writable=True) for heads in (4, 2))
-    cos, sin = tables(guard, 32, 8, dtype)
-    ids = guard.ints([[1, 2, 3], [0, 6, 7]], torch.int64)
-    cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
-        ((q, k, cos, sin), {}),
-        ((q, None, cos, sin), {"position_ids": ids[0]}),
-        ((q, k, cos, sin), {"position_ids": ids, "interleaved": True}),
-        ((q[0], k[0], cos[None, :3], sin[None, :3]), {}),
-        ((guard.place(q.transpose(1, 2), writable=True).transpose(1, 2), None, cos, sin), {}),
-    ]
-    for args, kwargs in cases:
-        opcheck(getattr(ops, op).default, args, kwargs)
+    for pattern in pairwise(
+        {
+            "tables": ["table", "gathered"],
+            "ids": [None, "tokens", "batch"],
+            "k": [True, False],
+            "interleaved": [False, True],
+            "ragged": [False, True],
+            "heads_first": [False, True],
+            "float32": [False, True],
+        }
+    ):
+        q, k = (guard.randn(2, heads, 3, 32, dtype=dtype, writable=True).transpose(1, 2) for heads in (4, 2))
+        if not pattern["heads_first"]:
+            q, k = (guard.place(x, writable=True) for x in (q, k))
+        ids = {None: None, "tokens": guard.ints([1, 0, 7]), "batch": guard.ints([[1, 2, 3], [0, 6, 7]])}[pattern["ids"]]
+        cos, sin = tables(guard, 32, 8, torch.float32 if pattern["float32"] else dtype)
+        if pattern["ragged"]:
+            q, k, ids = q[0], k[0], ids[0] if ids is not None and ids.dim() == 2 else ids
+        if pattern["tables"] == "gathered":
+            cos, sin, ids = cos[None, :3], sin[None, :3], None
+        options = {"position_ids": ids, "interleaved": pattern["interleaved"]}
+        opcheck(getattr(ops, op).default, (q, k if pattern["k"] else None, cos, sin), options)
 
 
 @pytest.mark.abi

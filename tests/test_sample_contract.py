@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from support.bounds import DTYPES
-from support.contract import assert_compiles, assert_graph_replays, opcheck
+from support.contract import assert_compiles, assert_compiles_once, assert_graph_replays, opcheck
 from support.guard import Guard, same_bytes
+from support.pairs import pairwise
 from torch import Tensor
 
 from gqa_kernels import record_launches, sample
@@ -128,22 +129,30 @@ def per_row(guard: Guard) -> dict[str, Tensor]:
     return placed | {name: guard.place(ints) for name in ("top_ks", "seeds", "offsets")}
 
 
+NUMBERS = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "seed": 3, "offset": 9}
+PATTERNS = pairwise(
+    {
+        "return_logprob": [False, True],
+        "shape": [(3, 20), (20,), (3, 2, 20)],
+        **{name: ["default", "number", "per row", "one value"] for name in NUMBERS},
+    }
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
-    logits = guard.randn(3, 20, dtype=dtype)
-    values = per_row(guard)
-    patterns: list[dict[str, Any]] = [
-        {},
-        {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "seed": 3, "offset": 9, "return_logprob": True},
-        {"temperature": 0.0, "seeds": values["seeds"]},
-        values,
-        {"temperatures": values["temperatures"], "top_ks": values["top_ks"], "return_logprob": True},
-        {"top_ps": values["top_ps"], "min_ps": values["min_ps"], "offsets": guard.ints([2])[0]},
-    ]
-    for options in patterns:
+    """Every pair of ways to give the settings."""
+    for pattern in PATTERNS:
+        logits = guard.randn(*pattern["shape"], dtype=dtype)
+        logits = logits.transpose(0, 1) if logits.dim() == 3 else logits
+        options: dict[str, Any] = {"return_logprob": pattern["return_logprob"]}
+        for name, number in NUMBERS.items():
+            values = torch.full(logits.shape[:-1] if pattern[name] == "per row" else (), number, device=guard.device)
+            if pattern[name] == "number":
+                options[name] = number
+            elif pattern[name] != "default":
+                options[name + "s"] = values
         opcheck(torch.ops.gqa_kernels.sample.default, (logits,), options)
-    opcheck(torch.ops.gqa_kernels.sample.default, (guard.randn(20, dtype=dtype),), {"return_logprob": True})
-    opcheck(torch.ops.gqa_kernels.sample.default, (guard.randn(2, 3, 20, dtype=dtype).transpose(0, 1),), {})
 
 
 @pytest.mark.abi
@@ -169,15 +178,16 @@ def test_p17_changing_numbers_do_not_recompile(guard: Guard) -> None:
     assert counter.frame_count <= 2
 
 
-def test_p22_no_synchronisation(gpu: str) -> None:
-    logits, one = torch.randn(8, 5000, device=gpu), torch.tensor(0.5, device=gpu)
-    sample(logits, top_p=one)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        sample(logits, top_p=one, top_k=50, return_valid=True, return_logprob=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_p17_settings_on_the_device_do_not_recompile(guard: Guard) -> None:
+    """Any temperature and filter through one compilation, where they are tensors."""
+
+    def function(x: Tensor, floats: Tensor, top_k: Tensor) -> Any:
+        return sample(x, temperature=floats[0], top_p=floats[1], min_p=floats[2], top_k=top_k, seed=3)
+
+    logits = guard.randn(3, 100)
+    assert_compiles_once(
+        function, [(logits, guard.randn(3, 3).abs().clamp(max=1), guard.ints([0, i, 2 * i])) for i in range(12)]
+    )
 
 
 def test_p23_graph_replay(gpu: str) -> None:

@@ -1,9 +1,10 @@
 // rmsnorm and add_rmsnorm: out = x * rsqrt(mean(x^2) + eps) * (weight + offset), after x + residual for the latter.
 // One block per row; each thread owns 16-byte vectors of the row, strided by the block.
-// Memory order: x (and residual) once, kept in registers up to 4 vectors a thread and re-read beyond; weight; out.
-// Limits: any width and alignment; unaligned rows and odd widths move the same vectors element by element.
-// Determinism: squares are summed 32 vectors at a time by a fixed tree and those sums in order, so a row's bytes depend
-// neither on the block size, nor on its alignment, nor on other rows.
+// Memory order: x (and residual) once, kept in registers up to 1 or 4 vectors a thread and re-read beyond; weight,
+// ahead of the reduction where there are few rows and latency is all; out. Limits: any width and alignment; unaligned
+// rows and odd widths move the same vectors element by element. Determinism: squares are summed 32 vectors at a time by
+// a fixed tree and those sums in order, so a row's bytes depend neither on the block size, nor on its alignment, nor on
+// other rows.
 #include "plan/rmsnorm.h"
 
 #include <type_traits>
@@ -14,8 +15,6 @@
 
 namespace gqa::cuda {
 namespace {
-
-constexpr int kHeld = 4;
 
 template <typename Params>
 constexpr bool kAdds = std::is_same_v<Params, gqa_add_rmsnorm_params>;
@@ -93,25 +92,42 @@ __device__ float sum_of_squares(const Vec<T> &vec) {
   return sum;
 }
 
+// The weights of one vector of x.
+template <typename T, typename W>
+struct Weights {
+  static constexpr int kPart = Vec<W>::kSize < Vec<T>::kSize ? Vec<W>::kSize : Vec<T>::kSize;
+  Vec<W> part[Vec<T>::kSize / kPart];
+
+  __device__ W at(int i) const { return part[i / kPart].value[i % kPart]; }
+};
+
 template <bool kAligned, typename T, typename W, typename Params>
-__device__ void write_out(const Row<T, W, Params> &row, const Vec<T> &x, int64_t at, float rstd, const Params &p) {
-  constexpr int kPart = Vec<W>::kSize < Vec<T>::kSize ? Vec<W>::kSize : Vec<T>::kSize;
+__device__ Weights<T, W> load_weights(const Row<T, W, Params> &row, int64_t at) {
+  using Result = Weights<T, W>;
+  Result weights;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize / Result::kPart; ++i) {
+    weights.part[i] = load<kAligned>(row.weight, at + i * Result::kPart, row.hidden);
+  }
+  return weights;
+}
+
+template <bool kAligned, typename T, typename W, typename Params>
+__device__ void write_out(const Row<T, W, Params> &row, const Vec<T> &x, const Weights<T, W> &weights, int64_t at,
+                          float rstd, const Params &p) {
   Vec<T> out;
 #pragma unroll
-  for (int part = 0; part < Vec<T>::kSize; part += kPart) {
-    const Vec<W> weight = load<kAligned>(row.weight, at + part, row.hidden);
-#pragma unroll
-    for (int i = 0; i < kPart; ++i) {
-      const float normed = to_float(x.value[part + i]) * rstd;
-      const float rounded = p.cast_before_weight ? to_float(from_float<T>(normed)) : normed;
-      out.value[part + i] = from_float<T>(rounded * (to_float(weight.value[i]) + p.weight_offset));
-    }
+  for (int i = 0; i < Vec<T>::kSize; ++i) {
+    const float normed = to_float(x.value[i]) * rstd;
+    const float rounded = p.cast_before_weight ? to_float(from_float<T>(normed)) : normed;
+    out.value[i] = from_float<T>(rounded * (to_float(weights.at(i)) + p.weight_offset));
   }
   store<kAligned>(row.out, at, row.hidden, out);
 }
 
-template <bool kAligned, typename T, typename W, typename Params>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1) norm_row(const Params p) {
+template <bool kAligned, int kHeld, typename T, typename W, typename Params>
+__global__ void __launch_bounds__(512, kAligned ? 2 : 1) norm_row(const __grid_constant__ Params p) {
+  constexpr bool kWeightsAhead = kHeld == 1;
   extern __shared__ float partial[];
   const Row<T, W, Params> row(p, blockIdx.x);
   const int64_t step = static_cast<int64_t>(blockDim.x) * Vec<T>::kSize;
@@ -123,6 +139,8 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) norm_row(const Params p
   for (int i = 0; i < kHeld; ++i) {
     if (first + i * step < row.hidden) held[i] = load_input<kAligned>(row, first + i * step);
   }
+  Weights<T, W> ahead;
+  if (kWeightsAhead && first < row.hidden) ahead = load_weights<kAligned>(row, first);
   // Warps run whole: a warp is past the end of the row or its first lane is not.
   const int64_t warp_first = first - threadIdx.x % 32 * Vec<T>::kSize;
 #pragma unroll
@@ -144,11 +162,14 @@ __global__ void __launch_bounds__(512, kAligned ? 2 : 1) norm_row(const Params p
   const float rstd = rsqrtf(sum / static_cast<float>(row.hidden) + p.eps);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if (first + i * step < row.hidden) write_out<kAligned>(row, held[i], first + i * step, rstd, p);
+    const int64_t at = first + i * step;
+    if (at < row.hidden) {
+      write_out<kAligned>(row, held[i], kWeightsAhead ? ahead : load_weights<kAligned>(row, at), at, rstd, p);
+    }
   }
   const T *again = kAdds<Params> ? row.residual_out : row.x;
   for (int64_t at = first + kHeld * step; at < row.hidden; at += step) {
-    write_out<kAligned>(row, load<kAligned>(again, at, row.hidden), at, rstd, p);
+    write_out<kAligned>(row, load<kAligned>(again, at, row.hidden), load_weights<kAligned>(row, at), at, rstd, p);
   }
 }
 
@@ -157,11 +178,18 @@ gqa_status run(const Params *p, const gqa_plan &plan, cudaStream_t stream) {
   if (plan.num_launches == 0) return GQA_STATUS_OK;
   return dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto pick = [&](auto aligned) {
+    const auto pick = [&](auto aligned, auto held) {
       constexpr bool kAligned = decltype(aligned)::value;
-      return p->weight_dtype == p->dtype ? norm_row<kAligned, T, T, Params> : norm_row<kAligned, T, float, Params>;
+      constexpr int kHeld = decltype(held)::value;
+      return p->weight_dtype == p->dtype ? norm_row<kAligned, kHeld, T, T, Params>
+                                         : norm_row<kAligned, kHeld, T, float, Params>;
     };
-    auto *kernel = plan.launches[0].variant == kAlignedRows ? pick(std::true_type{}) : pick(std::false_type{});
+    constexpr std::integral_constant<int, 1> kOne;
+    constexpr std::integral_constant<int, 4> kFour;
+    const int variant = plan.launches[0].variant;
+    auto *kernel = variant == kUnalignedRows ? pick(std::false_type{}, kOne)
+                   : variant == kFewRows     ? pick(std::true_type{}, kOne)
+                                             : pick(std::true_type{}, kFour);
     return launch(kernel, plan.launches[0], stream, *p);
   });
 }

@@ -91,6 +91,24 @@ Tensor with_unit_stride(const Tensor &tensor, Kept *kept) {
   return kept->back();
 }
 
+namespace {
+
+// Decode: its few rows start at multiples of 16 bytes, so that their layout does not decide over the kernel.
+Tensor with_aligned_rows(const Tensor &tensor, bool decode, Kept *kept) {
+  const Tensor rows = with_unit_stride(tensor, kept);
+  const int64_t chunk = gqa_dtype_of(rows) == GQA_DTYPE_FLOAT32 ? 4 : 8;
+  bool aligned = reinterpret_cast<uintptr_t>(pointer_to(rows)) % 16 == 0;
+  for (int64_t i = 0; i + 1 < rows.dim(); ++i) {
+    aligned = aligned && (rows.size(i) == 1 || rows.stride(i) % chunk == 0);
+  }
+  if (aligned || !decode) return rows;
+  kept->push_back(torch::stable::new_empty(rows, rows.sizes()));
+  torch::stable::copy_(kept->back(), rows);
+  return kept->back();
+}
+
+}  // namespace
+
 void check_head_dim(const char *op, const char *name, const Tensor &tensor) {
   const int64_t head_dim = dim_from_end(tensor, 1);
   const int64_t nearest = std::clamp<int64_t>((head_dim + 7) / 8 * 8, 8, kMaxHeadDim);
@@ -285,7 +303,7 @@ AttentionOutputs fill_attention(const char *op, const AttentionArguments &args, 
                                 gqa_attention_params *p, Kept *kept) {
   check_attention(op, args, new_tokens);
   const bool ragged = args.cu_seqlens_q.has_value();
-  const Tensor q = with_unit_stride(args.q, kept);
+  const Tensor q = with_aligned_rows(args.q, args.decode, kept);
   const int64_t tokens = q.size(q.dim() - 3), batch = batch_of(args);
   p->struct_size = sizeof(*p);
   p->dtype = gqa_dtype_of(q);
@@ -298,7 +316,7 @@ AttentionOutputs fill_attention(const char *op, const AttentionArguments &args, 
   p->total_q = ragged ? tokens : 0;
   p->seqlen_q = ragged ? std::min(tokens, args.max_seqlen_q.value_or(tokens)) : tokens;
   if (args.k) {
-    const Tensor k = with_unit_stride(*args.k, kept), v = with_unit_stride(*args.v, kept);
+    const Tensor k = with_aligned_rows(*args.k, args.decode, kept), v = with_aligned_rows(*args.v, args.decode, kept);
     const int64_t new_keys = k.size(k.dim() - 3);
     p->k = pointer_to(k);
     p->v = pointer_to(v);

@@ -38,6 +38,7 @@ struct AttentionArguments {
   bool batch_invariant, return_lse;
   OptionalTensor workspace;
   bool causal;
+  bool decode = false;
 };
 
 struct AttentionOutputs {

@@ -38,6 +38,7 @@ std::tuple<Tensor, Tensor> gqa_attention_decode(
                                 batch_invariant,
                                 return_lse,
                                 workspace,
+                                true,
                                 true};
   check_rank(kOp, "q", q, {4}, "[batch, seqlen, num_q_heads, head_dim]");
   if (q.size(1) < 1 || q.size(1) > kMaxQueries) {

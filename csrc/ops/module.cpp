@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("current_device", &current_device);
   m.def("set_launch_log", &set_launch_log);
+  m.def("set_kernel_override", &gqa_set_kernel_override);
   m.def("explain_begin", &explain_begin);
   m.def("explain_end", &explain_end);
 }

@@ -175,6 +175,30 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   if (p->page_size > INT32_MAX || p->num_pages > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
 
   const bool halves = p->dtype != GQA_DTYPE_FLOAT32;
+  const bool decodes = op == AttentionOp::kDecode;
+  const char *refusal = decodes ? refuse_decode_sm90(p, &device) : refuse_prefill_sm90(p, &device);
+  if (refusal == nullptr && !decodes) {
+    plan->wgmma = true;
+    plan->prefill = plan_prefill_sm90(p, &device);
+    const PrefillShape &tile = kPrefillShapes[plan->prefill.shape];
+    add_launch(&plan->plan, make_launch(name, "prefill_wgmma", p->dtype, {plan->prefill.blocks}, {tile.threads()},
+                                        tile.shared_memory(), plan->prefill.shape));
+    plan->plan.reason = "many rows on sm_90: warpgroups take turns at the tensor cores";
+    return GQA_STATUS_OK;
+  }
+  if (refusal == nullptr) {
+    const int64_t capacity = std::max<int64_t>(kCapacityUnit, most_keys(p) / kCapacityUnit * kCapacityUnit);
+    plan->clusters = true;
+    plan->decode = plan_decode_sm90(p, &device, capacity);
+    const DecodePlan &decode = plan->decode;
+    gqa_launch launch = make_launch(name, "decode_ring", p->dtype, {decode.cluster, p->num_kv_heads, p->batch},
+                                    {32 * kDecodeShapes[decode.shape].warps}, decode.shared_memory,
+                                    3 * decode.shape + static_cast<int>(decode.cache));
+    launch.num_splits = decode.cluster;
+    add_launch(&plan->plan, launch);
+    plan->plan.reason = "few rows per KV head on sm_90: a cluster of blocks divides the keys";
+    return GQA_STATUS_OK;
+  }
   const bool few_rows = longest * group <= 16 && !(p->batch_invariant && is_ragged(p));
   plan->shape = find_shape(p->head_dim, few_rows);
   const AttentionShape &shape = kAttentionShapes[plan->shape];
@@ -182,6 +206,9 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   plan->num_splits = plan->divisor = 1;
   if (halves) {
     plan_splits(p, device, plan);
+    if (device.compute_capability == 90 && p->num_splits == 0 && !p->batch_invariant) {
+      plan->plan.reason = refusal;
+    }
   } else {
     plan->plan.reason = "float32 runs on the CUDA cores, one warp per row";
   }

@@ -8,6 +8,9 @@
 namespace gqa {
 namespace {
 
+// As many rows as 132 SMs hold blocks of 512 threads.
+constexpr int64_t kFewRowsLimit = 528;
+
 template <typename Params>
 gqa_status check(const Params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
@@ -44,12 +47,12 @@ gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   if (rows == 0) return GQA_STATUS_OK;
   // Few rows: one vector a thread, for latency. Many: four, for more bytes in flight. The result is the same.
   const int64_t vector = 16 / dtype_size(p->dtype), vectors = ceil_div(p->hidden, vector);
-  const int64_t per_thread = rows <= 264 ? 1 : 4;
+  const int variant = !has_aligned_rows(p, vector) ? kUnalignedRows : rows <= kFewRowsLimit ? kFewRows : kManyRows;
+  const int64_t per_thread = variant == kManyRows ? 4 : 1;
   const int64_t threads = std::min<int64_t>(512, ceil_div(ceil_div(vectors, per_thread), int64_t{32}) * 32);
   const int64_t shared_memory = ceil_div(vectors, int64_t{32}) * 4;
   if (shared_memory > 48 * 1024) return GQA_STATUS_UNSUPPORTED;
-  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}, shared_memory,
-                               has_aligned_rows(p, vector) ? kAlignedRows : kUnalignedRows));
+  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}, shared_memory, variant));
   plan->reason = "one block per row serves every width";
   return GQA_STATUS_OK;
 }

@@ -4,9 +4,10 @@
 
 namespace gqa {
 
-// Variants of norm_row: whole 16-byte vectors, or the same vectors element by element.
-constexpr int kAlignedRows = 0;
-constexpr int kUnalignedRows = 1;
+// Variants of norm_row: whole 16-byte vectors, four or one of them a thread; or one, element by element.
+constexpr int kManyRows = 0;
+constexpr int kFewRows = 1;
+constexpr int kUnalignedRows = 2;
 
 // Everything the launchers and the CPU twins rely on; the torch layer says the same in sentences.
 gqa_status check_params(const gqa_rmsnorm_params *p);

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
+from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
 from support.attention import make_case, make_rotary
 from support.attention_layout import arguments, build_cache
 from support.guard import Guard
@@ -31,6 +33,12 @@ DECODE_CALLS = pairwise(_COMMON)
 PREFILL_CALLS = pairwise({"cache": [True, False], "ragged": [False, True], "causal": [True, False], **_COMMON})
 
 
+FUNCTIONS: dict[str, Any] = {
+    "gqa_attention_decode": gqa_attention_decode,
+    "gqa_attention_prefill": gqa_attention_prefill,
+}
+
+
 @dataclass
 class Call:
     op: str
@@ -46,6 +54,11 @@ class Call:
 
 def name_of(call: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in call.items() if value) or "plain"
+
+
+CALLS = [("gqa_attention_decode", call) for call in DECODE_CALLS]
+CALLS += [("gqa_attention_prefill", call) for call in PREFILL_CALLS]
+every_call = pytest.mark.parametrize("op, call", CALLS, ids=[f"{op[14:]} {name_of(call)}" for op, call in CALLS])
 
 
 def make_call(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from support.guard import same_bytes
 
@@ -36,8 +37,25 @@ def assert_compiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         assert_same(compiled(*args, **kwargs), function(*args, **kwargs))
 
 
-def assert_graph_replays(function: Callable[[], Any], change: Callable[[], None]) -> None:
-    """Captures ``function``, lets ``change`` alter its inputs in place, and compares a replay with eager."""
+def assert_compiles_once(function: Any, arguments: list[tuple[Any, ...]]) -> None:
+    """fullgraph, every set of arguments through one compilation, the bytes of eager."""
+    first, counter = 0, CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    # Sizes that happen to be equal in the first call are not meant to stay so.
+    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):
+        for i, given in enumerate(arguments):
+            copies = [[x.clone() if isinstance(x, Tensor) else x for x in given] for _ in range(2)]
+            assert_same(compiled(*copies[0]), function(*copies[1]))
+            for mine, other in zip(*copies):
+                if isinstance(mine, Tensor):
+                    assert_same(mine, other)
+            first = counter.frame_count if i == 0 else first
+    assert counter.frame_count == first, f"compiled {counter.frame_count - first} times again"
+
+
+def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """``function`` as a CUDA graph, after one call on a side stream, and the tensors it writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -46,8 +64,14 @@ def assert_graph_replays(function: Callable[[], Any], change: Callable[[], None]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = function()
+    return graph, flat(captured)
+
+
+def assert_graph_replays(function: Callable[[], Any], change: Callable[[], None]) -> None:
+    """Captures ``function``, lets ``change`` alter its inputs in place, and compares a replay with eager."""
+    graph, captured = capture(function)
     change()
     graph.replay()
     torch.cuda.synchronize()
-    replayed = [tensor.clone() for tensor in flat(captured)]
+    replayed = [tensor.clone() for tensor in captured]
     assert_same(replayed, function())

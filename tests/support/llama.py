@@ -63,9 +63,9 @@ def positions_of(mask: Tensor) -> Tensor:
 
 def attention_calls(launches: list[dict[str, Any]]) -> int:
     """Calls of our attention: its launches, less those that only write keys or join the parts of one call."""
-    helpers = ("append", "rotate", "combine", "merge")
+    others = ("append", "rotate", "combine", "merge")
     return sum(
-        launch["op"].startswith("gqa_attention") and not any(word in launch["kernel"] for word in helpers)
+        launch["op"].startswith("gqa_attention") and not any(word in launch["kernel"] for word in others)
         for launch in launches
     )
 

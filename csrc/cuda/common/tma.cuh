@@ -12,13 +12,17 @@ namespace gqa::cuda {
 
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function, so that nothing links against libcuda; nullptr where it has none.
+// The driver's function, so that nothing links against libcuda; nullptr where it has none. Looked up once.
 inline EncodeTensorMap find_encode_tensor_map() {
   static const EncodeTensorMap encode = [] {
     void *function = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
     const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
     return found ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
   }();
@@ -36,7 +40,10 @@ struct TokenTensor {
 
 inline gqa_status encode_tiles(const TokenTensor &t, uint32_t rows, CUtensorMap *map) {
   const EncodeTensorMap encode = find_encode_tensor_map();
-  if (encode == nullptr) return GQA_STATUS_UNSUPPORTED;
+  if (encode == nullptr) {
+    set_cuda_error("the driver has no cuTensorMapEncodeTiled");
+    return GQA_STATUS_CUDA_ERROR;
+  }
   constexpr uint32_t kPanel = 64;
   const auto bytes = [](int64_t size, int64_t stride) { return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16); };
   const uint32_t panels = static_cast<uint32_t>(t.columns / kPanel);
@@ -50,7 +57,9 @@ inline gqa_status encode_tiles(const TokenTensor &t, uint32_t rows, CUtensorMap 
   const CUresult result =
       encode(map, type, 5, const_cast<void *>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? GQA_STATUS_OK : GQA_STATUS_INVALID_ARGUMENT;
+  if (result == CUDA_SUCCESS) return GQA_STATUS_OK;
+  set_cuda_error("cuTensorMapEncodeTiled refused a tensor");
+  return GQA_STATUS_CUDA_ERROR;
 }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {

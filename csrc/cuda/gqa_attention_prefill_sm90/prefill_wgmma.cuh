@@ -11,7 +11,7 @@
 #include "cuda/common/tma.cuh"
 #include "cuda/common/wgmma.cuh"
 
-namespace gqa::cuda {
+namespace gqa::cuda::prefill_sm90 {
 
 template <int kDim_, int kKeys_, int kGroups_>
 struct PrefillTile {
@@ -374,8 +374,9 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
 
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    prefill_sm90(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
-                 const __grid_constant__ CUtensorMap v, const __grid_constant__ PrefillArgs a) {
+    prefill_wgmma(const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
+                  const __grid_constant__ CUtensorMap v, const __grid_constant__ PrefillArgs a) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the plan chooses it there only
   extern __shared__ __align__(1024) unsigned char shared_memory[];
   const uint32_t memory = shared_address(shared_memory);
   // The same in all lanes, and known to be: descriptors stay in uniform registers.
@@ -394,6 +395,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     take_registers<Tile::kRegisters>();
     attend_tiles<T, Tile>(a, memory, warpgroup - 1);
   }
+#endif
 }
 
-}  // namespace gqa::cuda
+}  // namespace gqa::cuda::prefill_sm90

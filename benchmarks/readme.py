@@ -1,0 +1,70 @@
+"""``python -m benchmarks.readme`` writes the README's tables from benchmarks/results: no number is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- numbers: python -m benchmarks.readme -->\n", "<!-- end of numbers -->\n"
+OURS = "gqa_kernels"
+TITLES = {
+    "decode": "Decode attention, bfloat16, one query, cold cache; the limit is a kernel that only reads the cache",
+    "prefill": "Prefill attention, bfloat16; the limit is a matrix product of as many operations",
+    "ops": "Memory-bound ops, bfloat16; the limit is a copy of as many bytes",
+    "sample": "Sampling, bfloat16 logits; the limit is a kernel that only reads them",
+}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Kernel microseconds of each shape: ours, the limit, the best peer."""
+    lines = ["| | gqa_kernels us | limit us | best peer us |", "|---|---|---|---|"]
+    for mine in rows:
+        if mine["impl"] != OURS or mine["kernel_us"] is None:
+            continue
+        name = mine["shape"] if mine["op"].startswith("gqa_attention") else f"{mine['op']} {mine['shape']}"
+        peer = next((row for row in rows if is_peer(row, mine)), None)
+        best = "" if peer is None else f"{peer['kernel_us']:.4g} ({peer['impl']})"
+        lines.append(f"| {name} | {mine['kernel_us']:.4g} | {mine['limit_us']:.4g} | {best} |")
+    return lines
+
+
+def is_peer(row: dict[str, Any], mine: dict[str, Any]) -> bool:
+    return all(row[key] == mine[key] for key in ("op", "shape")) and row["impl"] == mine["best_peer"]
+
+
+def model_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| | patched tokens/s | transformers tokens/s |", "|---|---|---|"]
+    for mine in rows:
+        if mine["impl"] == OURS:
+            peer = next(row for row in rows if is_peer(row, mine))
+            lines.append(f"| {mine['op']}, {mine['shape']} | {mine['tokens_per_s']:.4g} | {peer['tokens_per_s']:.4g} |")
+    return lines
+
+
+def render() -> str:
+    """The README's part between the markers, markers included."""
+    lines: list[str] = []
+    for group, title in {**TITLES, "model": "HuggingFace generate(), batch 1, random weights"}.items():
+        result = json.loads((RESULTS / f"nvidia-h200-{group}.json").read_text())
+        if not lines:
+            lines = [
+                f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit'][:10]}, "
+                f"by `{result['command']}`. Kernel times are of CUDA graphs over rotating inputs; every result was "
+                "checked against float32 before it was timed.",
+                "",
+            ]
+        lines += [title + ":", "", *(model_table if group == "model" else table)(result["rows"]), ""]
+    return BEGIN + "\n" + "\n".join(lines) + END
+
+
+def replaced(text: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    return before + render() + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    README.write_text(replaced(README.read_text()))

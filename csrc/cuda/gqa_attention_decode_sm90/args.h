@@ -1,0 +1,95 @@
+// Arguments of the Hopper decode kernels: what they read of the params, resolved on the host.
+#pragma once
+
+#include <vector_types.h>
+
+#include "common/attention.h"
+
+namespace gqa::cuda::decode_sm90 {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// What the kernel reads of the params, in the order of its first use; distances in bytes.
+struct Args {
+  gqa_index cache_seqlens;
+  const char *q, *k_cache, *v_cache;
+  int64_t q_batch, q_token, q_head;
+  int64_t k_outer, v_outer, k_head, v_head;  // outer: batch or page
+  int32_t k_row, v_row;
+  int32_t group, rows, seqlen_q, capacity, window_left;
+  uint32_t group_inverse, cluster_inverse;  // ceil(2^20 / group), ceil(2^16 / cluster)
+  uint32_t cluster_fraction;                // floor((2^32 - 1) / cluster)
+  int32_t zero;                             // 0: makes a value differ between lanes in the compiler's eyes
+  int32_t slots, full_ranks;                // units of a block: slots, one less from rank full_ranks on
+  float scale, softcap;                     // scale: of log2 units, or before the softcap
+  gqa_index cache_leftpad, block_table;
+  uint32_t page_size, page_magic, page_shift;  // row / page_size == row * page_magic >> page_shift
+  int32_t num_pages, paged_tiles;              // paged_tiles: no tile crosses a page
+  const char *k, *v;
+  int64_t k_in[3], v_in[3];
+  char *out;
+  int64_t out_stride[3];
+  float *lse;
+  const void *sinks;
+  int32_t sinks_float, num_q_heads, num_kv_heads;
+  gqa_rotary rotary;
+};
+
+// row / size == (row * magic) >> shift for 0 <= row < 2^31.
+inline void set_page_size(uint32_t size, Args *args) {
+  uint32_t bits = 0;
+  while ((1u << bits) < size) ++bits;
+  args->page_size = size;
+  args->page_shift = 31 + bits;
+  args->page_magic = static_cast<uint32_t>(((uint64_t{1} << args->page_shift) + size - 1) / size);
+}
+
+// `slices`: units of 32 dimensions in a row of the output.
+inline Args make_args(const gqa_attention_params &p, int cluster, int slices) {
+  Args a{};
+  const auto bytes = [](const int64_t *from, int64_t *to) {
+    for (int i = 0; i < 3; ++i) to[i] = 2 * from[i];
+  };
+  const auto pointer = [](const void *x) { return static_cast<const char *>(x); };
+  a.cache_seqlens = p.cache_seqlens;
+  a.q = pointer(p.q), a.k_cache = pointer(p.k_cache), a.v_cache = pointer(p.v_cache);
+  a.q_batch = 2 * p.q_stride[0], a.q_token = 2 * p.q_stride[1], a.q_head = 2 * p.q_stride[2];
+  a.k_outer = 2 * p.k_cache_stride[0], a.v_outer = 2 * p.v_cache_stride[0];
+  a.k_row = static_cast<int32_t>(2 * p.k_cache_stride[1]), a.v_row = static_cast<int32_t>(2 * p.v_cache_stride[1]);
+  a.k_head = 2 * p.k_cache_stride[2], a.v_head = 2 * p.v_cache_stride[2];
+  a.num_q_heads = p.num_q_heads;
+  a.num_kv_heads = p.num_kv_heads;
+  a.group = p.num_q_heads / p.num_kv_heads;
+  a.seqlen_q = static_cast<int32_t>(p.seqlen_q);
+  a.rows = a.group * a.seqlen_q;
+  a.capacity = static_cast<int32_t>(p.cache_capacity);
+  a.window_left = p.window_left < p.cache_capacity ? p.window_left : -1;  // wider than any sequence: no limit
+  a.group_inverse = ((1u << 20) + a.group - 1) / a.group;
+  a.cluster_inverse = ((1u << 16) + cluster - 1) / cluster;
+  a.cluster_fraction = 0xffffffffu / cluster;
+  a.slots = (a.rows * slices + cluster - 1) / cluster;
+  a.full_ranks = a.rows * slices - (a.slots - 1) * cluster;
+  a.scale = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;
+  a.softcap = p.softcap;
+  a.cache_leftpad = p.cache_leftpad;
+  a.block_table = p.block_table;
+  if (p.block_table.data != nullptr) {
+    set_page_size(static_cast<uint32_t>(p.page_size), &a);
+    a.num_pages = static_cast<int32_t>(p.num_pages);
+    a.paged_tiles = p.page_size % 16 == 0;
+  } else {
+    set_page_size(1u << 31, &a);  // one page holds every row
+  }
+  a.k = pointer(p.k), a.v = pointer(p.v);
+  bytes(p.k_stride, a.k_in);
+  bytes(p.v_stride, a.v_in);
+  a.out = static_cast<char *>(p.out);
+  bytes(p.out_stride, a.out_stride);
+  a.lse = p.lse;
+  a.sinks = p.sinks;
+  a.sinks_float = p.sinks_dtype == GQA_DTYPE_FLOAT32;
+  a.rotary = p.rotary;
+  return a;
+}
+
+}  // namespace gqa::cuda::decode_sm90

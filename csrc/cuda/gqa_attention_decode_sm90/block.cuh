@@ -1,0 +1,135 @@
+// What a block of the Hopper decode kernels is about: its sequence, KV head and share of the cached keys.
+#pragma once
+
+#include "cuda/common/vec.cuh"
+#include "cuda/gqa_attention_decode_sm90/args.h"
+#include "plan/gqa_attention_decode_sm90.h"
+
+namespace gqa::cuda::decode_sm90 {
+
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kTile = 16;  // keys
+
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
+template <typename T_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_>
+struct Config {
+  using T = T_;
+  static constexpr int kDim = kDim_;
+  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
+  static constexpr int kStages = kStages_;                             // tiles of K and V that a warp has room for
+  static constexpr int kRowTiles = kRowTiles_;                         // groups of 8 query rows
+  static constexpr bool kPaged = kCache_ != DecodeCache::kContiguous;  // rows are found through `Place`
+  static constexpr bool kAligned = kCache_ != DecodeCache::kAny;
+  static constexpr int kSlices = kDim / 32;
+  static constexpr int kRows = 8 * kRowTiles;
+
+  // A tile is kTile rows of kChunks 16-byte chunks, chunk c of row r in place c ^ swizzle(r).
+  static constexpr int kChunks = kDim / 8;
+  static constexpr int kRowBytes = 16 * kChunks, kTileBytes = kTile * kRowBytes, kStageBytes = 2 * kTileBytes;
+  static constexpr int kSwizzle = kDim % 64 == 0 ? 8 : 4;
+  __host__ __device__ static constexpr int swizzle(int row) { return kSwizzle == 8 ? row & 7 : row >> 1 & 3; }
+
+  // Shared memory: the warps' stages, later their sums; staged queries; the partial sums that this block joins.
+  static constexpr int kWarpBytes = kStages * kStageBytes;
+  static constexpr int kSumPitch = kDim + 4;
+  static constexpr int kWeights = kRows * kSumPitch * 4;  // of a warp's sums: maximum and sum of each row
+  static_assert(kWeights + kRows * 8 <= kWarpBytes);
+  static constexpr int kQueryPitch = kDim + 8;
+  static constexpr int kQueries = kWarps * kWarpBytes;
+  static constexpr int kBarrier = kQueries + kRows * kQueryPitch * 2;
+  static constexpr int kParts = kBarrier + 16;
+  // A unit is 32 dimensions of a row; unit u belongs to block u % cluster, which gets it from each block.
+  static constexpr int kUnitBytes = 32 * 4 + 8;
+
+  static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages, kRowTiles) && kUnitBytes == kDecodeUnitBytes);
+};
+
+// Address of 16-byte chunk 2 d + (chunk 0 or 1 of this lane) of this lane's row: `lane_at` is that of d = 0.
+template <typename C>
+__device__ __forceinline__ uint32_t chunk_address(uint32_t lane_at, int d) {
+  const int chunk = 2 * d;
+  return (lane_at ^ (chunk % C::kSwizzle << 4)) + chunk / C::kSwizzle * C::kSwizzle * 16;
+}
+
+// Offset in a tile of the row and chunk whose address this lane gives.
+template <typename C>
+__device__ __forceinline__ uint32_t lane_offset(int row, int chunk) {
+  return row * C::kRowBytes + ((chunk ^ C::swizzle(row)) << 4);
+}
+
+// Keys [low, high) that query token i of the sequence sees; those of token 0 start first, the last token's end last.
+struct Keys {
+  int32_t start, cached, total, leftpad, window_left;  // start: key position of token 0
+  __device__ int low(int i) const { return window_left < 0 ? leftpad : max(leftpad, start + i - window_left); }
+  __device__ int high(int i) const { return start + i + 1; }
+};
+
+// Where this thread stands and what its block is about.
+template <typename C>
+struct Block {
+  int warp, lane, r, c, rank, cluster, b, head;
+  Keys keys;
+  int tile_begin, tile_end;  // cached tiles of this block; a block with new keys has them as tile `tile_end`
+  int row_low, row_high;     // cached rows that anyone sees
+  const char *k_head, *v_head;
+
+  __device__ int slots(const Args &p) const { return rank < p.full_ranks ? p.slots : p.slots - 1; }
+  __device__ void make_uniform() {
+    for (int *x :
+         {&keys.start, &keys.cached, &keys.total, &keys.leftpad, &tile_begin, &tile_end, &row_low, &row_high}) {
+      *x = __shfl_sync(~0u, *x, 0);
+    }
+  }
+};
+
+__device__ __forceinline__ int token_of_row(const Args &p, int row) {
+  return static_cast<int>((row * p.group_inverse) >> 20);
+}
+
+// A length from a tensor of either width: 0 where absent, the nearest of 32 bits where it does not fit. Loads without a
+// branch, so that the caller's other work hides their latency; `nothing` keeps it out of the slower uniform registers.
+struct Length {
+  int32_t low, high;
+  bool wide;
+
+  __device__ void load(const gqa_index &index, int b, int nothing) {
+    const bool present = index.data != nullptr;
+    wide = present && index.dtype == GQA_DTYPE_INT64;
+    const char *at = static_cast<const char *>(index.data) + b * index.stride[0] * (wide ? 8 : 4) + nothing;
+    low = high = 0;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.b32 %0, [%1];\n}"
+                 : "+r"(low)
+                 : "l"(at), "r"(static_cast<uint32_t>(present)));
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p ld.global.b32 %0, [%1 + 4];\n}"
+                 : "+r"(high)
+                 : "l"(at), "r"(static_cast<uint32_t>(wide)));
+  }
+  __device__ int value() const {
+    if (!wide || (high == 0 && low >= 0)) return low;
+    return high < 0 ? -1 : 0x7fffffff;
+  }
+};
+
+// The sequence's lengths, and this block's share of its cached tiles: even, the first blocks one more.
+template <typename C>
+__device__ bool divide(const Args &p, const Length &length, const Length &padding, Block<C> *t) {
+  const int new_keys = p.k != nullptr ? p.seqlen_q : 0;
+  int cached = length.value(), leftpad = padding.value();
+  // capacity + 16 fits 32 bits
+  const bool valid = cached >= 0 && cached <= p.capacity - new_keys && leftpad >= 0;
+  cached = valid ? cached : 0;
+  t->keys = {cached + new_keys - p.seqlen_q, cached, cached + new_keys, min(leftpad, p.capacity), p.window_left};
+  t->row_low = max(t->keys.low(0), 0), t->row_high = cached;
+  const int first = static_cast<uint32_t>(t->row_low) / kTile;
+  const int tiles =
+      t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + kTile - 1) / kTile) - first : 0;
+  int each = static_cast<int>(__umulhi(static_cast<uint32_t>(tiles), p.cluster_fraction));  // or one less
+  int rest = tiles - each * t->cluster;
+  if (rest >= t->cluster) ++each, rest -= t->cluster;
+  t->tile_begin = first + each * t->rank + min(t->rank, rest);
+  t->tile_end = t->tile_begin + each + (t->rank < rest ? 1 : 0);
+  return valid;
+}
+
+}  // namespace gqa::cuda::decode_sm90

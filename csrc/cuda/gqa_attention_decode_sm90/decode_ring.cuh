@@ -1,0 +1,153 @@
+// Decode attention on Hopper: the keys of a (sequence, KV head) are shared out among the blocks of a cluster, which
+// join their sums by one-way stores in the same launch.
+// Keys come in tiles of 16; a warp takes every kWarps-th tile of its block's range for all query rows of the head group
+// and keeps its own ring of kStages tiles, softmax and sums: between the first load and the last nobody waits for
+// anybody else. Warps meet once, in shared memory.
+// Memory order: K and V once, by 16-byte asynchronous copies; a stage's K is refilled as soon as it is scored.
+// Limits: 16-bit types, 16-byte aligned rows, at most 8 * kRowTiles query rows (tokens times heads of the group).
+// Determinism: fixed order of sums; they depend on the sequence's own length and on the number of blocks that share it.
+#pragma once
+
+#include "cuda/gqa_attention_decode_sm90/finish.cuh"
+#include "cuda/gqa_attention_decode_sm90/loads.cuh"
+#include "cuda/gqa_attention_decode_sm90/new_keys.cuh"
+#include "cuda/gqa_attention_decode_sm90/scores.cuh"
+
+namespace gqa::cuda::decode_sm90 {
+
+// The tiles of one warp, in order: its cached tiles and, in some warp of the last block, the new keys. Those come last
+// or in place kStages - 1, so that they are loaded ahead of the loop.
+template <typename C>
+struct Work {
+  int first, cached, has_new, new_at;  // first: its first cached tile, the others kWarps apart
+
+  __device__ Work(const Block<C> &t, bool appends) {
+    const int tiles = t.tile_end - t.tile_begin;
+    first = t.tile_begin + t.warp;
+    cached = max(0, tiles - t.warp + C::kWarps - 1) / C::kWarps;
+    has_new = appends && tiles % C::kWarps == t.warp;
+    new_at = has_new ? min(cached, C::kStages - 1) : -1;
+  }
+  __device__ int tile(int i) const { return first + (i - (has_new && i > new_at)) * C::kWarps; }
+};
+
+template <typename C>
+__device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader, const Work<C> &work,
+                       const Queries<C> &queries, Place<C> ahead, char *ring, Sums<C> *sums) {
+  const uint32_t ring_base = shared_address(ring);
+  int offset = 0;
+#pragma unroll 1
+  for (int i = 0; i < work.cached + work.has_new; ++i) {
+    const int tile = work.tile(i), next = work.tile(i + C::kStages);
+    const uint32_t stage = ring_base + offset;
+    const bool is_new = i == work.new_at, refills = next < t.tile_end;
+    const int key = is_new ? t.keys.cached : tile * kTile, end = is_new ? t.keys.total : t.row_high;
+    if (is_new && i < C::kStages - 1) {
+      copy_async_wait<0>();  // the last tile of this warp, loaded with the last group
+    } else {
+      copy_async_wait<C::kStages - 1>();
+    }
+    __syncwarp();
+    if (is_new) append_new_keys(p, t, ring + offset);
+    uint32_t weights[C::kRowTiles][2];
+    sums->score(p, t, queries, stage, key, end, weights, [&] {
+      __syncwarp();
+      if (refills) loader.load_k(p, t, ahead, next, stage);
+    });
+    sums->add(p, t, stage + C::kTileBytes, key, end, weights);
+    __syncwarp();
+    if (refills) {
+      loader.load_v(p, t, ahead, next, stage);
+      ahead.find(p, t, next + C::kWarps);
+    }
+    copy_async_commit();
+    offset = offset + C::kStageBytes == C::kWarpBytes ? 0 : offset + C::kStageBytes;
+  }
+}
+
+template <typename C, int kBlocks>
+__global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid_constant__ Args p) {
+#if __CUDA_ARCH__ >= 900  // the plan chooses it there only
+  using T = typename C::T;
+  extern __shared__ __align__(1024) char shared[];
+  const uint32_t shared_base = shared_address(shared);
+  Block<C> t;
+  t.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), t.lane = threadIdx.x % 32, t.r = t.lane / 4, t.c = t.lane % 4;
+  t.rank = cluster_rank(), t.cluster = cluster_size();
+  t.head = blockIdx.y, t.b = blockIdx.z;
+
+  Length length, padding;
+  length.load(p.cache_seqlens, t.b, t.lane * p.zero);
+  padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
+  if (t.cluster > 1) {
+    if (threadIdx.x == 0) {
+      mbarrier_init(shared_base + C::kBarrier, 1);
+      mbarrier_fence_init();
+      mbarrier_arrive_expect(shared_base + C::kBarrier, t.slots(p) * t.cluster * C::kUnitBytes);
+    }
+    cluster_arrive_relaxed();  // waited for just before the push
+  }
+  t.k_head = p.k_cache + t.head * p.k_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.k_outer);
+  t.v_head = p.v_cache + t.head * p.v_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.v_outer);
+  const Loader<C> loader(t.lane);
+  const bool rotates = p.rotary.cos != nullptr;
+  Queries<C> queries;
+  if (!rotates) queries.load(p, t);
+
+  bool valid = divide(p, length, padding, &t);
+  valid = __shfl_sync(~0u, valid, 0);
+  t.make_uniform();
+  const bool appends = valid && t.rank == t.cluster - 1 && p.k != nullptr;
+  char *ring = shared + t.warp * C::kWarpBytes;
+  const Work<C> work(t, appends);
+  Place<C> place[C::kStages], ahead;
+#pragma unroll
+  for (int s = 0; s < C::kStages; ++s) place[s].find(p, t, work.first + s * C::kWarps);
+  ahead.find(p, t, work.tile(C::kStages));
+#pragma unroll
+  for (int s = 0; s < C::kStages; ++s) {
+    const int tile = work.first + s * C::kWarps;
+    const uint32_t stage = shared_address(ring) + s * C::kStageBytes;
+    if (tile < t.tile_end && s != work.new_at) {
+      loader.load_k(p, t, place[s], tile, stage);
+      loader.load_v(p, t, place[s], tile, stage);
+    }
+    if (s < C::kStages - 1) copy_async_commit();
+  }
+  if (work.has_new) {
+    const int offset = work.new_at * C::kStageBytes;
+    load_new_keys(p, t, loader, shared_address(ring) + offset, ring + offset);
+  }
+  copy_async_commit();
+  if (rotates) {
+    auto *staged = reinterpret_cast<T *>(shared + C::kQueries);
+    stage_queries(p, t, staged);
+    __syncthreads();
+    queries.load_staged(p, t, staged);
+  }
+  Sums<C> sums;
+  sums.clear();
+  attend(p, t, loader, work, queries, ahead, ring, &sums);
+
+  __syncwarp();
+  sums.store(t, ring);
+  __syncthreads();
+  if (t.cluster > 1) cluster_wait();
+  if (valid) {
+    push_sums(p, t, shared, shared_base);
+    if (t.cluster > 1) {
+      mbarrier_wait_cluster(shared_base + C::kBarrier, 0);
+    } else {
+      __syncthreads();
+    }
+  }
+  const char *parts = shared + C::kParts, *scales = parts + p.slots * t.cluster * 128;
+  for (int slot = t.warp; slot < t.slots(p); slot += C::kWarps) {
+    finish_unit<T, C::kSlices>(p, t.b, t.head, slot * t.cluster + t.rank, t.lane, valid, t.cluster,
+                               reinterpret_cast<const float4 *>(parts) + slot * t.cluster * 8,
+                               reinterpret_cast<const float2 *>(scales) + slot * t.cluster);
+  }
+#endif
+}
+
+}  // namespace gqa::cuda::decode_sm90

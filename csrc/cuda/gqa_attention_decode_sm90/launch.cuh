@@ -1,0 +1,57 @@
+// Launches the instances of decode_ring of one dtype and width. Included by one small file each.
+#pragma once
+
+#include "cuda/common/launch.cuh"
+#include "cuda/gqa_attention_decode_sm90/decode_ring.cuh"
+
+namespace gqa::cuda::decode_sm90 {
+
+template <typename T, int kShape, DecodeCache kCache>
+gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_t stream) {
+  constexpr DecodeShape kIs = kDecodeShapes[kShape];
+  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.row_tiles, kCache>;
+  constexpr auto kKernel = &decode_ring<C, kIs.resident>;
+  const auto *function = reinterpret_cast<const void *>(kKernel);
+  log_launch(plan);
+  GQA_RETURN_IF_ERROR(
+      check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory)));
+  if (plan.num_splits > 8) {
+    GQA_RETURN_IF_ERROR(check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
+  }
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(plan.num_splits), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan.grid[0], plan.grid[1], plan.grid[2]);
+  config.blockDim = dim3(plan.block[0]);
+  config.dynamicSmemBytes = plan.shared_memory;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return check_cuda(cudaLaunchKernelEx(&config, kKernel, args));
+}
+
+template <typename T, int kDim, int kShape = 0>
+gqa_status launch_width(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
+  if constexpr (kShape == kDecodeShapeCount) {
+    return GQA_STATUS_UNSUPPORTED;
+  } else if constexpr (kDecodeShapes[kShape].dim != kDim) {
+    return launch_width<T, kDim, kShape + 1>(decode, args, plan, stream);
+  } else {
+    if (decode.shape != kShape) return launch_width<T, kDim, kShape + 1>(decode, args, plan, stream);
+    switch (decode.cache) {
+      case DecodeCache::kContiguous: return launch_instance<T, kShape, DecodeCache::kContiguous>(args, plan, stream);
+      case DecodeCache::kPaged: return launch_instance<T, kShape, DecodeCache::kPaged>(args, plan, stream);
+      case DecodeCache::kAny: return launch_instance<T, kShape, DecodeCache::kAny>(args, plan, stream);
+    }
+    return GQA_STATUS_UNSUPPORTED;
+  }
+}
+
+}  // namespace gqa::cuda::decode_sm90
+
+#define GQA_DECODE_INSTANCE(T, dim, name)                                                                     \
+  gqa_status gqa::cuda::decode_sm90::name(const DecodePlan &decode, const Args &args, const gqa_launch &plan, \
+                                          cudaStream_t stream) {                                              \
+    return launch_width<T, dim>(decode, args, plan, stream);                                                  \
+  }

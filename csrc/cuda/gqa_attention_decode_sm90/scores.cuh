@@ -1,0 +1,197 @@
+// Softmax and sums of one warp of the Hopper decode kernels: S^T = K Q^T and O^T = V^T P^T, 16 keys at a time.
+#pragma once
+
+#include "cuda/common/async_copy.cuh"
+#include "cuda/common/mma.cuh"
+#include "cuda/gqa_attention_decode_sm90/block.cuh"
+
+namespace gqa::cuda::decode_sm90 {
+
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Query rows as the second operand: row 8 n + r, dimensions 16 d + 2 c and 16 d + 8 + 2 c, two of each.
+template <typename C>
+struct Queries {
+  uint32_t x[C::kRowTiles][C::kDim / 16][2];
+
+  __device__ static const char *row_at(const Args &p, const Block<C> &t, int row) {
+    const int token = token_of_row(p, row);
+    return p.q + t.b * p.q_batch + token * p.q_token +
+           (static_cast<int64_t>(t.head) * p.group + row - token * p.group) * p.q_head;
+  }
+  // Rows past the last repeat it: what comes of them is not used.
+  __device__ void load(const Args &p, const Block<C> &t) {
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+      const char *row = row_at(p, t, min(8 * n + t.r, p.rows - 1));
+#pragma unroll
+      for (int e = 0; e < C::kDim / 8; ++e) {
+        const int d = 8 * e + 2 * t.c;
+        x[n][e / 2][e % 2] = *reinterpret_cast<const uint32_t *>(row + 2 * d);
+      }
+    }
+  }
+  __device__ void load_staged(const Args &p, const Block<C> &t, const typename C::T *staged) {
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+      const typename C::T *row = staged + min(8 * n + t.r, p.rows - 1) * C::kQueryPitch + 2 * t.c;
+#pragma unroll
+      for (int e = 0; e < C::kDim / 8; ++e) x[n][e / 2][e % 2] = *reinterpret_cast<const uint32_t *>(row + 8 * e);
+    }
+  }
+};
+
+template <typename C>
+struct Sums {
+  float max[C::kRowTiles][2], sum[C::kRowTiles][2];  // of rows 8 n + 2 c and the next; sum: of this thread's keys
+  float o[C::kRowTiles][C::kDim / 16][4];            // dimensions 16 d + r of those two rows, then 16 d + 8 + r of them
+
+  __device__ void clear() {
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) max[n][e] = minus_infinity(), sum[n][e] = 0;
+#pragma unroll
+      for (int e = 0; e < C::kDim / 4; ++e) o[n][e / 4][e % 4] = 0;
+    }
+  }
+
+  // Weights of the tile of keys `key` ... below `end`, as operands; sums so far are scaled to the new maximum. Calls
+  // release() once the tile has been read.
+  template <typename Release>
+  __device__ void score(const Args &p, const Block<C> &t, const Queries<C> &queries, uint32_t tile, int key, int end,
+                        uint32_t (&weights)[C::kRowTiles][2], Release &&release) {
+    float s[C::kRowTiles][4] = {}, odd[C::kRowTiles][4] = {};  // two chains halve the latency
+    const uint32_t at = tile + lane_offset<C>(t.lane % 16, t.lane / 16);
+#pragma unroll
+    for (int d = 0; d < C::kDim / 16; ++d) {
+      uint32_t k[4];
+      load_matrices(k, chunk_address<C>(at, d));
+#pragma unroll
+      for (int n = 0; n < C::kRowTiles; ++n) {
+        multiply_add<typename C::T>(d % 2 ? odd[n] : s[n], k, queries.x[n][d][0], queries.x[n][d][1]);
+      }
+    }
+    release();
+    const bool edge = is_edge(p, t, key, end);
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        // Rounded, never part of an FMA below: huge scores have to meet their own maximum.
+        s[n][e] = __fmul_rn(s[n][e] + odd[n][e], p.scale);
+        if (p.softcap > 0) s[n][e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[n][e]));
+      }
+      if (edge) mask(p, t, n, key, end, s[n]);
+      float factor[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float top = fmaxf(max[n][e], fmaxf(s[n][e], s[n][2 + e]));
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        const float base = top == minus_infinity() ? 0.0f : top;
+        factor[e] = exp2_fast(max[n][e] - base);
+        max[n][e] = top;
+        s[n][e] = exp2_fast(s[n][e] - base), s[n][2 + e] = exp2_fast(s[n][2 + e] - base);
+        sum[n][e] = sum[n][e] * factor[e] + (s[n][e] + s[n][2 + e]);
+      }
+      weights[n][0] = transpose_matrix(pack<typename C::T>(s[n][0], s[n][1]));
+      weights[n][1] = transpose_matrix(pack<typename C::T>(s[n][2], s[n][3]));
+      if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+        for (int e = 0; e < C::kDim / 4; ++e) o[n][e / 4][e % 4] *= factor[e % 2];
+      }
+    }
+  }
+
+  // Whether some token does not see some of the 16 keys.
+  __device__ static bool is_edge(const Args &p, const Block<C> &t, int key, int end) {
+    return key < t.keys.low(p.seqlen_q - 1) || key + kTile > min(t.keys.high(0), end);
+  }
+  __device__ static void mask(const Args &p, const Block<C> &t, int n, int key, int end, float (&s)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int token = token_of_row(p, 8 * n + 2 * t.c + e % 2), at = key + t.r + e / 2 * 8;
+      if (at < t.keys.low(token) || at >= min(t.keys.high(token), end)) s[e] = minus_infinity();
+    }
+  }
+
+  __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end,
+                      const uint32_t (&weights)[C::kRowTiles][2]) {
+    const uint32_t at = tile + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
+    if ((p.seqlen_q > 1 || end > t.row_high) && is_edge(p, t, key, end)) {
+      add_edge(p, t, at, key, end, weights);
+      return;
+    }
+#pragma unroll
+    for (int d = 0; d < C::kDim / 16; ++d) {
+      uint32_t v[4];
+      load_matrices_transposed(v, chunk_address<C>(at, d));
+#pragma unroll
+      for (int n = 0; n < C::kRowTiles; ++n) {
+        multiply_add<typename C::T>(o[n][d], v, weights[n][0], weights[n][1]);
+      }
+    }
+  }
+
+  // A tile that some tokens see in part: one token's rows at a time, with the values that token does not see at zero,
+  // so that a NaN in them reaches nobody else. Cached values that a single token does not see are zeros already.
+  __device__ void add_edge(const Args &p, const Block<C> &t, uint32_t at, int key, int end,
+                           const uint32_t (&weights)[C::kRowTiles][2]) {
+#pragma unroll 1
+    for (int i = 0; i < p.seqlen_q; ++i) {
+      const int low = t.keys.low(i), high = min(t.keys.high(i), end);
+      uint32_t seen[2];  // masks of this thread's pairs of keys
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int first = key + 8 * e + 2 * t.c;
+        seen[e] =
+            (first >= low && first < high ? 0x0000ffffu : 0) | (first + 1 >= low && first + 1 < high ? 0xffff0000u : 0);
+      }
+#pragma unroll
+      for (int d = 0; d < C::kDim / 16; ++d) {
+        uint32_t v[4];
+        load_matrices_transposed(v, chunk_address<C>(at, d));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[e] &= seen[e / 2];
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+          float part[4] = {};
+          multiply_add<typename C::T>(part, v, weights[n][0], weights[n][1]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int row = 8 * n + 2 * t.c + e % 2 - i * p.group;
+            if (row >= 0 && row < p.group) o[n][d][e] += part[e];
+          }
+        }
+      }
+    }
+  }
+
+  // Leaves sums, maxima and weights where the block joins those of its warps.
+  __device__ void store(const Block<C> &t, char *warp_shared) {
+    auto *rows = reinterpret_cast<float *>(warp_shared);
+    auto *scales = reinterpret_cast<float2 *>(warp_shared + C::kWeights);
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = 8 * n + 2 * t.c + e;
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) sum[n][e] += __shfl_xor_sync(~0u, sum[n][e], step);
+        if (t.r == 0) scales[row] = make_float2(max[n][e], sum[n][e]);
+#pragma unroll
+        for (int d = 0; d < C::kDim / 16; ++d) {
+          rows[row * C::kSumPitch + 16 * d + t.r] = o[n][d][e];
+          rows[row * C::kSumPitch + 16 * d + 8 + t.r] = o[n][d][2 + e];
+        }
+      }
+    }
+  }
+};
+
+}  // namespace gqa::cuda::decode_sm90

@@ -1,0 +1,123 @@
+#include "plan/gqa_attention_decode_sm90.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "common/status.h"
+
+namespace gqa {
+namespace {
+
+constexpr int64_t kTile = 16;        // keys
+constexpr int64_t kMaxRows = 16;     // query tokens times heads of the group
+constexpr int64_t kMaxGrid = 65535;  // in y and z
+constexpr int64_t kMaxInt = 0x7fffffff - 64;
+constexpr int32_t kMinSms = 100;          // a cluster has to fit one of the device's groups of SMs
+constexpr int64_t kLongCapacity = 16384;  // keys from which more, smaller blocks are faster
+
+std::atomic<int32_t> kernel_override{0};
+enum Override { kAutomatic, kPortable, kSm90 };
+
+int64_t query_rows(const gqa_attention_params *p) { return p->seqlen_q * (p->num_q_heads / p->num_kv_heads); }
+int64_t pairs(const gqa_attention_params *p) { return p->batch * p->num_kv_heads; }
+
+// Strides of dimensions with one element say nothing.
+bool is_aligned(const void *pointer, const int64_t *stride, const int64_t (&size)[3]) {
+  if (pointer == nullptr) return true;
+  for (int i = 0; i < 3; ++i) {
+    if (size[i] > 1 && stride[i] % 8 != 0) return false;
+  }
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+bool has_aligned_tokens(const gqa_attention_params *p) {
+  const int64_t queries[3] = {p->batch, p->seqlen_q, p->num_q_heads};
+  const int64_t keys[3] = {p->batch, p->seqlen_q, p->num_kv_heads};
+  return is_aligned(p->q, p->q_stride, queries) && is_aligned(p->out, p->out_stride, queries) &&
+         is_aligned(p->k, p->k_stride, keys) && is_aligned(p->v, p->v_stride, keys);
+}
+
+bool has_aligned_cache(const gqa_attention_params *p) {
+  const bool paged = p->block_table.data != nullptr;
+  const int64_t size[3] = {paged ? p->num_pages : p->batch, paged ? p->page_size : p->cache_capacity, p->num_kv_heads};
+  return is_aligned(p->k_cache, p->k_cache_stride, size) && is_aligned(p->v_cache, p->v_cache_stride, size);
+}
+
+bool fits_rows(const int64_t *stride) { return stride[1] >= 0 && stride[1] <= kMaxInt / 2; }
+
+// Code for the device is in this library, or the library is built without CUDA and only asked what would run.
+bool has_code() {
+  const char *archs = gqa_cuda_archs();
+  return archs[0] == '\0' || std::strstr(archs, "90") != nullptr;
+}
+
+int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
+  const int row_tiles = query_rows(p) > 8 ? 2 : 1;
+  int shape = 0;
+  while (shape < kDecodeShapeCount &&
+         (kDecodeShapes[shape].dim != p->head_dim || kDecodeShapes[shape].row_tiles != row_tiles)) {
+    ++shape;
+  }
+  if (p->head_dim != 128 || row_tiles != 1) return shape;
+  // One large block an SM where that makes one wave of clusters of 8, or many waves; else three small ones.
+  const bool one_wave = 24 * pairs(p) >= device->num_sms && 16 * pairs(p) <= device->num_sms && keys < kLongCapacity;
+  return one_wave || pairs(p) > 2 * device->num_sms ? shape : shape + 1;
+}
+
+}  // namespace
+
+bool is_portable_asked_for() { return kernel_override.load(std::memory_order_relaxed) == kPortable; }
+
+const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *device) {
+  if (is_portable_asked_for()) return "the portable kernels were asked for";
+  if (device->compute_capability != 90) return "clusters of blocks need compute capability 9.0";
+  if (device->num_sms < kMinSms || !has_code()) return "clusters of blocks need a whole GPU and code for sm_90";
+  if (p->dtype == GQA_DTYPE_FLOAT32) return "float32 runs on the CUDA cores, one warp per row";
+  if (p->num_splits > 0) return "the number of splits was given";
+  if (p->batch_invariant) return "batch_invariant: splits follow each row's own length";
+  if (query_rows(p) > kMaxRows) return "clusters of blocks take at most 16 query rows per KV head";
+  if (find_shape(p, device, 0) >= kDecodeShapeCount) {
+    return "clusters of blocks take head_dim 64 and 128, and 96 and 256 with at most 8 query rows per KV head";
+  }
+  const bool room = p->cache_capacity > 0 && (p->block_table.data == nullptr || p->num_pages > 0);
+  if (!room) return "there is no cache to read";
+  if (p->batch > kMaxGrid || p->num_kv_heads > kMaxGrid || p->cache_capacity > kMaxInt || p->num_pages > kMaxInt ||
+      p->page_size > kMaxInt || !fits_rows(p->k_cache_stride) || !fits_rows(p->v_cache_stride)) {
+    return "clusters of blocks take sizes below 2^16 sequences and 2^31 keys";
+  }
+  if (!has_aligned_tokens(p)) return "clusters of blocks take rows that start at multiples of 16 bytes";
+  if (p->head_dim == 96 && 2 * pairs(p) > device->num_sms && kernel_override.load(std::memory_order_relaxed) != kSm90) {
+    return "head_dim 96: many KV heads fill the device without clusters";
+  }
+  return nullptr;
+}
+
+DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
+  DecodePlan plan{find_shape(p, device, keys), 1, DecodeCache::kContiguous, 0};
+  const DecodeShape &shape = kDecodeShapes[plan.shape];
+  // Blocks to aim for: half an SM's worth of large ones, one an SM, or two of three small ones.
+  const int64_t sms = device->num_sms;
+  const int64_t wanted = shape.resident == 1 ? sms / 2 : (shape.resident == 2 ? sms : 2 * sms);
+  const int64_t largest = shape.resident == 1 ? 8 : 16;
+  const int64_t useful = std::max<int64_t>(1, ceil_div(keys, kTile) / shape.warps);
+  int64_t cluster = pairs(p) >= 8 * sms ? 1 : 2;  // of several sequences some are short: halves even that out
+  while (2 * cluster <= largest && 4 * 2 * cluster * pairs(p) <= 5 * wanted) cluster *= 2;
+  while (cluster > useful) cluster /= 2;
+  plan.cluster = static_cast<int32_t>(cluster);
+  if (!has_aligned_cache(p)) {
+    plan.cache = DecodeCache::kAny;
+  } else if (p->block_table.data != nullptr) {
+    plan.cache = DecodeCache::kPaged;
+  }
+  const int64_t slots = ceil_div<int64_t>(query_rows(p) * (shape.dim / 32), cluster);
+  plan.shared_memory =
+      decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.row_tiles) + slots * cluster * kDecodeUnitBytes;
+  return plan;
+}
+
+}  // namespace gqa
+
+extern "C" void gqa_set_kernel_override(int32_t family) {
+  gqa::kernel_override.store(family, std::memory_order_relaxed);
+}

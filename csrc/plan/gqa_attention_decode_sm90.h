@@ -1,0 +1,46 @@
+// Which decode calls the Hopper kernel serves, and how the keys of one are shared out: pure host functions.
+#pragma once
+
+#include "gqa_kernels.h"
+
+namespace gqa {
+
+// A kernel of gqa_attention_decode_sm90.cuh: `resident` blocks of it fit an SM.
+struct DecodeShape {
+  int dim, warps, stages, row_tiles, resident;
+};
+
+constexpr int kDecodeShapeCount = 7;
+constexpr DecodeShape kDecodeShapes[kDecodeShapeCount] = {
+    {64, 8, 3, 1, 2},  {96, 8, 4, 1, 1}, {128, 8, 3, 1, 1}, {128, 4, 2, 1, 3},
+    {256, 3, 2, 1, 2}, {64, 8, 3, 2, 2}, {128, 4, 3, 2, 2},
+};
+
+// How cached rows are found: all read the same keys in the same order, so the bytes of the result are the same.
+enum class DecodeCache { kContiguous, kPaged, kAny };  // kAny: rows that do not start at multiples of 16 bytes
+
+// A unit is 32 dimensions of a row of the output, with its maximum and sum.
+constexpr int kDecodeUnitBytes = 32 * 4 + 8;
+
+// Shared memory of a block without the units it joins: rings, rotated queries, a barrier.
+constexpr int decode_fixed_memory(int dim, int warps, int stages, int row_tiles) {
+  return warps * stages * 2 * 16 * dim * 2 + 8 * row_tiles * (dim + 8) * 2 + 16;
+}
+
+struct DecodePlan {
+  int shape;        // index into kDecodeShapes
+  int32_t cluster;  // blocks that share the keys of a sequence and KV head
+  DecodeCache cache;
+  int64_t shared_memory;
+};
+
+// gqa_set_kernel_override: the portable kernels, and no others.
+bool is_portable_asked_for();
+
+// nullptr where the kernel serves the params, which the checks of the op have passed; else the reason why not.
+const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *device);
+
+// `keys`: the most keys a row attends to, rounded so that caches of nearly the same capacity are divided alike.
+DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *device, int64_t keys);
+
+}  // namespace gqa
