@@ -175,7 +175,17 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   if (p->page_size > INT32_MAX || p->num_pages > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
 
   const bool halves = p->dtype != GQA_DTYPE_FLOAT32;
-  const char *refusal = op == AttentionOp::kDecode ? refuse_decode_sm90(p, &device) : "";
+  const bool decodes = op == AttentionOp::kDecode;
+  const char *refusal = decodes ? refuse_decode_sm90(p, &device) : refuse_prefill_sm90(p, &device);
+  if (refusal == nullptr && !decodes) {
+    plan->wgmma = true;
+    plan->prefill = plan_prefill_sm90(p, &device);
+    const PrefillShape &tile = kPrefillShapes[plan->prefill.shape];
+    add_launch(&plan->plan, make_launch(name, "prefill_wgmma", p->dtype, {plan->prefill.blocks}, {tile.threads()},
+                                        tile.shared_memory(), plan->prefill.shape));
+    plan->plan.reason = "many rows on sm_90: warpgroups take turns at the tensor cores";
+    return GQA_STATUS_OK;
+  }
   if (refusal == nullptr) {
     const int64_t capacity = std::max<int64_t>(kCapacityUnit, most_keys(p) / kCapacityUnit * kCapacityUnit);
     plan->clusters = true;
@@ -196,7 +206,7 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   plan->num_splits = plan->divisor = 1;
   if (halves) {
     plan_splits(p, device, plan);
-    if (op == AttentionOp::kDecode && device.compute_capability == 90 && p->num_splits == 0 && !p->batch_invariant) {
+    if (device.compute_capability == 90 && p->num_splits == 0 && !p->batch_invariant) {
       plan->plan.reason = refusal;
     }
   } else {

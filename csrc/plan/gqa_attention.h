@@ -3,6 +3,7 @@
 
 #include "gqa_kernels.h"
 #include "plan/gqa_attention_decode_sm90.h"
+#include "plan/gqa_attention_prefill_sm90.h"
 
 namespace gqa {
 
@@ -70,6 +71,8 @@ struct AttentionPlan {
   int64_t partial_out;
   bool clusters;      // decode_ring serves the call by itself, and of the above nothing but `plan` counts
   DecodePlan decode;  // with `clusters`
+  bool wgmma;         // the same of prefill_wgmma
+  PrefillPlan prefill;
 };
 enum class AttentionOp { kPrefill, kDecode };
 gqa_status plan_attention(AttentionOp op, const gqa_attention_params *p, const gqa_device *device, AttentionPlan *plan);

@@ -61,8 +61,10 @@ int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t 
 
 }  // namespace
 
+bool is_portable_asked_for() { return kernel_override.load(std::memory_order_relaxed) == kPortable; }
+
 const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *device) {
-  if (kernel_override.load(std::memory_order_relaxed) == kPortable) return "the portable kernels were asked for";
+  if (is_portable_asked_for()) return "the portable kernels were asked for";
   if (device->compute_capability != 90) return "clusters of blocks need compute capability 9.0";
   if (device->num_sms < kMinSms || !has_sm90_code()) return "clusters of blocks need a whole GPU and code for sm_90";
   if (p->dtype == GQA_DTYPE_FLOAT32) return "float32 runs on the CUDA cores, one warp per row";

@@ -1,0 +1,79 @@
+// Tensor maps of [batch, token, head, column] tensors of 16-bit elements, and copies of their tiles to shared memory.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/common/launch.cuh"
+
+namespace gqa::cuda {
+
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, so that nothing links against libcuda; nullptr where it has none. Looked up once.
+inline EncodeTensorMap find_encode_tensor_map() {
+  static const EncodeTensorMap encode = [] {
+    void *function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return found ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
+  }();
+  return encode;
+}
+
+// A tile is `rows` tokens of one head, stored as panels of 64 columns with rows of 128 swizzled bytes. Tokens past the
+// end read as zeros. Strides are in elements; of dimensions with one element they are ignored.
+struct TokenTensor {
+  const void *data;
+  int32_t dtype;
+  int64_t batch, tokens, heads, columns;
+  const int64_t *stride;  // batch, token, head
+};
+
+inline gqa_status encode_tiles(const TokenTensor &t, uint32_t rows, CUtensorMap *map) {
+  const EncodeTensorMap encode = find_encode_tensor_map();
+  if (encode == nullptr) {
+    set_cuda_error("the driver has no cuTensorMapEncodeTiled");
+    return GQA_STATUS_CUDA_ERROR;
+  }
+  constexpr uint32_t kPanel = 64;
+  const auto bytes = [](int64_t size, int64_t stride) { return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16); };
+  const uint32_t panels = static_cast<uint32_t>(t.columns / kPanel);
+  const cuuint64_t size[5] = {kPanel, static_cast<cuuint64_t>(t.tokens), panels, static_cast<cuuint64_t>(t.heads),
+                              static_cast<cuuint64_t>(t.batch)};
+  const cuuint64_t stride[4] = {bytes(t.tokens, t.stride[1]), 2 * kPanel, bytes(t.heads, t.stride[2]),
+                                bytes(t.batch, t.stride[0])};
+  const cuuint32_t box[5] = {kPanel, rows, panels, 1, 1}, step[5] = {1, 1, 1, 1, 1};
+  const CUtensorMapDataType type =
+      t.dtype == GQA_DTYPE_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUresult result =
+      encode(map, type, 5, const_cast<void *>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) return GQA_STATUS_OK;
+  set_cuda_error("cuTensorMapEncodeTiled refused a tensor");
+  return GQA_STATUS_CUDA_ERROR;
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Starts the copy of the tile at (token, head, batch); its bytes are counted at `barrier`.
+__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int token, int head,
+                                          int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, "
+      "%6}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(0), "r"(token), "r"(head), "r"(batch)
+      : "memory");
+}
+
+}  // namespace gqa::cuda

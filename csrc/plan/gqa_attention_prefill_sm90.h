@@ -1,0 +1,35 @@
+// Which prefill calls the Hopper kernel serves, and how one is divided: pure host functions.
+#pragma once
+
+#include "gqa_kernels.h"
+
+namespace gqa {
+
+// A tile of gqa_attention_prefill_sm90: `groups` warpgroups of 64 query rows of one head, one more that loads, and
+// rings of two blocks of `keys` keys and values.
+struct PrefillShape {
+  int dim, keys, groups;
+
+  constexpr int rows() const { return 64 * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+  constexpr int shared_memory() const { return 2 * dim * (rows() + 4 * keys) + 80; }
+};
+
+constexpr int kPrefillShapeCount = 2;
+constexpr PrefillShape kPrefillShapes[kPrefillShapeCount] = {{64, 128, 3}, {128, 176, 2}};
+
+struct PrefillPlan {
+  int shape;          // index into kPrefillShapes
+  int32_t row_tiles;  // of one head
+  int32_t tiles;
+  int32_t blocks;   // in the grid; they take tiles in turns
+  int32_t section;  // heads whose keys and values stay in L2 together
+};
+
+// nullptr where the kernel serves the params, which the checks of the op have passed; else the reason why not.
+const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device *device);
+
+// A row's bytes depend on the rows of its own tile alone, never on how tiles are shared out.
+PrefillPlan plan_prefill_sm90(const gqa_attention_params *p, const gqa_device *device);
+
+}  // namespace gqa
