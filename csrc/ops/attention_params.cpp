@@ -93,15 +93,15 @@ Tensor with_unit_stride(const Tensor &tensor, Kept *kept) {
 
 namespace {
 
-// Decode: its few rows start at multiples of 16 bytes, so that their layout does not decide over the kernel.
-Tensor with_aligned_rows(const Tensor &tensor, bool decode, Kept *kept) {
+// Rows start at multiples of 16 bytes and none stands for several, so that layout does not decide over the kernel.
+Tensor with_aligned_rows(const Tensor &tensor, Kept *kept) {
   const Tensor rows = with_unit_stride(tensor, kept);
   const int64_t chunk = gqa_dtype_of(rows) == GQA_DTYPE_FLOAT32 ? 4 : 8;
   bool aligned = reinterpret_cast<uintptr_t>(pointer_to(rows)) % 16 == 0;
   for (int64_t i = 0; i + 1 < rows.dim(); ++i) {
-    aligned = aligned && (rows.size(i) == 1 || rows.stride(i) % chunk == 0);
+    aligned = aligned && (rows.size(i) == 1 || (rows.stride(i) % chunk == 0 && rows.stride(i) != 0));
   }
-  if (aligned || !decode) return rows;
+  if (aligned) return rows;
   kept->push_back(torch::stable::new_empty(rows, rows.sizes()));
   torch::stable::copy_(kept->back(), rows);
   return kept->back();
@@ -303,7 +303,7 @@ AttentionOutputs fill_attention(const char *op, const AttentionArguments &args, 
                                 gqa_attention_params *p, Kept *kept) {
   check_attention(op, args, new_tokens);
   const bool ragged = args.cu_seqlens_q.has_value();
-  const Tensor q = with_aligned_rows(args.q, args.decode, kept);
+  const Tensor q = with_aligned_rows(args.q, kept);
   const int64_t tokens = q.size(q.dim() - 3), batch = batch_of(args);
   p->struct_size = sizeof(*p);
   p->dtype = gqa_dtype_of(q);
@@ -316,7 +316,7 @@ AttentionOutputs fill_attention(const char *op, const AttentionArguments &args, 
   p->total_q = ragged ? tokens : 0;
   p->seqlen_q = ragged ? std::min(tokens, args.max_seqlen_q.value_or(tokens)) : tokens;
   if (args.k) {
-    const Tensor k = with_aligned_rows(*args.k, args.decode, kept), v = with_aligned_rows(*args.v, args.decode, kept);
+    const Tensor k = with_aligned_rows(*args.k, kept), v = with_aligned_rows(*args.v, kept);
     const int64_t new_keys = k.size(k.dim() - 3);
     p->k = pointer_to(k);
     p->v = pointer_to(v);

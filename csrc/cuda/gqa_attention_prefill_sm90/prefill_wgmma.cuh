@@ -172,6 +172,11 @@ struct PrefillSoftmax {
     if (rescale) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
+        // Each row by itself: its bytes do not depend on the rows beside it.
+        if (top[row] - highest[row] <= 8.0f) {
+          factor[row] = 1.0f;
+          continue;
+        }
         factor[row] = exp2_fast(highest[row] - (top[row] == -INFINITY ? 0.0f : top[row]));
         sum[row] *= factor[row];
         highest[row] = top[row];
@@ -182,15 +187,22 @@ struct PrefillSoftmax {
     for (int row = 0; row < 2; ++row) base[row] = highest[row] == -INFINITY ? 0.0f : highest[row];
     // In one FMA scores are exact while `highest` is rounded: the same factor for the whole row, unless it is so large
     // that 2^error overflows. Then scores are rounded as `highest` was.
-    if (__any_sync(0xffffffffu, fmaxf(fabsf(base[0]), fabsf(base[1])) > 0x1p26f)) {
+    float scale[2] = {multiplier, multiplier};
+    const bool huge[2] = {fabsf(base[0]) > 0x1p26f, fabsf(base[1]) > 0x1p26f};
+    if (__any_sync(0xffffffffu, huge[0] || huge[1])) {
 #pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = __fmul_rn(s[i], multiplier);
-      multiplier = 1.0f;
+      for (int i = 0; i < kScores; ++i) {
+        if (huge[i / 2 % 2]) s[i] = __fmul_rn(s[i], multiplier);
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (huge[row]) scale[row] = 1.0f;
+      }
     }
     float added[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < kScores; ++i) {
-      s[i] = exp2_fast(__fmaf_rn(s[i], multiplier, -base[i / 2 % 2]));
+      s[i] = exp2_fast(__fmaf_rn(s[i], scale[i / 2 % 2], -base[i / 2 % 2]));
       added[i % 4] += s[i];
     }
     sum[0] += added[0] + added[1];
