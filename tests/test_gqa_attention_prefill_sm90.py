@@ -140,9 +140,9 @@ def test_wgmma_takes_what_it_was_built_for() -> None:
     refused(prompt(dim=96), "head_dim 64 and 128")
     refused(prompt(dtype=torch.float32), "float32")
     refused(prompt(queries=64, keys=65536), "few rows")
-    refused([q, k[:, :1].expand_as(k), v], "expanded")
-    odd = torch.empty(1, 512, 8, 129, dtype=q.dtype)[..., :128]
-    refused([q, odd, v], "multiples of 16 bytes")
+    # Copied first, so that layout does not decide over the kernel and its bytes.
+    for other in (k[:, :1].expand_as(k), torch.empty(1, 512, 8, 129, dtype=q.dtype)[..., :128]):
+        assert explain(q, other, v)[0]["kernel"] == "prefill_wgmma"
     refused([q, k, v], "warps divide the rows", gpu={**H200, "compute_capability": 80})
     C.set_kernel_override(1)
     try:
