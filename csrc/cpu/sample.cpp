@@ -24,12 +24,15 @@ struct Chunk {
 };
 
 template <typename T>
-GQA_CPU_CLONES void weigh_chunk(const T *z, int64_t n, float max, float scale, Chunk *chunk) {
+GQA_CPU_CLONES void widen(const T *z, int64_t n, float *out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(z[i]);
+}
+
+GQA_CPU_CLONES void weigh_chunk(const float *z, int64_t n, float max, float scale, Chunk *chunk) {
   for (int64_t i = 0; i < n; ++i) {
-    const float value = to_float(z[i]);
-    const float t = exponent_of(value, max, scale);
+    const float t = exponent_of(z[i], max, scale);
     const Weight weight = sampling::weigh(t);
-    chunk->key[i] = key(value);
+    chunk->key[i] = key(z[i]);
     chunk->exponent[i] = t;
     chunk->bin[i] = weight.bin;
     chunk->m[i] = weight.m;
@@ -40,11 +43,9 @@ struct KeyRange {
   uint32_t largest, smallest;
 };
 
-template <typename T>
-GQA_CPU_CLONES KeyRange key_range(const T *z, int64_t n) {
-  KeyRange range{0, ~0u};
+GQA_CPU_CLONES KeyRange key_range(const float *z, int64_t n, KeyRange range) {
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t of = key(to_float(z[i]));
+    const uint32_t of = key(z[i]);
     range.largest = of > range.largest ? of : range.largest;
     range.smallest = of < range.smallest ? of : range.smallest;
   }
@@ -54,16 +55,24 @@ GQA_CPU_CLONES KeyRange key_range(const T *z, int64_t n) {
 template <typename T>
 class Row {
  public:
-  Row(const T *z, int64_t vocab) : z_(z), vocab_(vocab) {}
+  Row(const gqa_sample_params &p, int64_t row)
+      : z_(static_cast<const T *>(p.logits) + row * p.logits_stride),
+        vocab_(p.vocab),
+        adjusted_(is_adjusted(p)),
+        adjustments_(p, row) {}
 
   Top top() const {
-    const KeyRange range = key_range(z_, vocab_);
+    KeyRange range{0, ~0u};
+    for_each_chunk([&](const float *z, int64_t, int64_t n) { range = key_range(z, n, range); });
     return {range.largest, range.smallest == 0};
   }
 
   int64_t first(uint32_t of) const {
-    int64_t index = 0;
-    while (key(to_float(z_[index])) != of) ++index;
+    int64_t index = vocab_;
+    for_each_chunk([&](const float *z, int64_t start, int64_t n) {
+      if (index != vocab_) return;
+      for (int64_t i = n - 1; i >= 0; --i) index = key(z[i]) == of ? start + i : index;
+    });
     return index;
   }
 
@@ -133,19 +142,36 @@ class Row {
   }
 
  private:
+  // f(z, start, n): the logits of n tokens from the start-th on.
+  template <typename F>
+  GQA_INLINE void for_each_chunk(F &&f) const {
+    float z[kChunk];
+    for (int64_t start = 0; start < vocab_; start += kChunk) {
+      const int64_t n = std::min(kChunk, vocab_ - start);
+      widen(z_ + start, n, z);
+      if (adjusted_) {
+        for (int64_t i = 0; i < n; ++i) {
+          z[i] = adjustments_.adjust(z[i], start + i, [](T value) { return to_float(value); });
+        }
+      }
+      f(z, start, n);
+    }
+  }
+
   // f(chunk, i, index): the chunk's i-th token is the row's index-th.
   template <typename F>
   GQA_INLINE void for_each(F &&f) const {
     Chunk chunk;
-    for (int64_t start = 0; start < vocab_; start += kChunk) {
-      const int64_t n = std::min(kChunk, vocab_ - start);
-      weigh_chunk(z_ + start, n, max_, scale_, &chunk);
+    for_each_chunk([&](const float *z, int64_t start, int64_t n) {
+      weigh_chunk(z, n, max_, scale_, &chunk);
       for (int64_t i = 0; i < n; ++i) f(chunk, i, start + i);
-    }
+    });
   }
 
   const T *z_;
   int64_t vocab_;
+  bool adjusted_;
+  Adjustments<T> adjustments_;
   float max_ = 0, scale_ = 0;
   uint32_t bins_ = 0;  // bins from here on are empty
   uint64_t cells_[kBins + 1];
@@ -154,7 +180,7 @@ class Row {
 template <typename T>
 void sample_rows(const gqa_sample_params *p, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) {
-    Row<T> row(static_cast<const T *>(p->logits) + i * p->logits_stride, p->vocab);
+    Row<T> row(*p, i);
     const Drawn drawn = draw(row, load_settings(*p, i), p->vocab);
     p->ids[i] = drawn.id;
     if (p->valid != nullptr) p->valid[i] = drawn.valid;
