@@ -77,10 +77,10 @@ struct Penalties {
 
 // A count above 0 is how often the token was drawn; below 0, it occurs but was not drawn: in a prompt, say.
 GQA_HOST_DEVICE float penalize(float z, int32_t count, const Penalties &p) {
-  if (count == 0) return z;
-  z = z > 0.0f ? div(z, p.repetition) : mul(z, p.repetition);
-  if (count < 0) return z;
-  return sub(sub(z, mul(p.frequency, static_cast<float>(count))), p.presence);
+  const float divided = div(z, p.repetition), multiplied = mul(z, p.repetition);
+  const float repeated = z > 0.0f ? divided : multiplied;
+  const float drawn = sub(sub(repeated, mul(p.frequency, static_cast<float>(count))), p.presence);
+  return count == 0 ? z : (count < 0 ? repeated : drawn);
 }
 
 // log2(e) / temperature, the temperature kept where no intermediate overflows or is denormal.

@@ -44,8 +44,8 @@ struct Adjustments {
 
   // Of the i-th token, whose logit is z.
   template <typename ToFloat>
-  GQA_HOST_DEVICE float adjust(float z, int64_t i, ToFloat &&to_float) const {
-    if (counts != nullptr) z = penalize(z, counts[i], penalties);
+  GQA_HOST_DEVICE float adjust(float z, uint32_t i, ToFloat &&to_float) const {
+    if (counts != nullptr && counts[i] != 0) z = penalize(z, counts[i], penalties);
     if (bias != nullptr) z = add(z, bias[i]);
     if (bias_like_logits != nullptr) z = add(z, to_float(bias_like_logits[i]));
     return allowed == nullptr || (static_cast<uint32_t>(allowed[i / 32]) >> i % 32 & 1) != 0 ? z : kForbidden;
