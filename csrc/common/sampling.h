@@ -70,9 +70,9 @@ GQA_HOST_DEVICE uint32_t key(float z) {
 
 GQA_HOST_DEVICE float key_to_logit(uint32_t key) { return from_bits(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
-// One row's penalties; these change nothing.
+// One row's; 1, 0 and 0 change nothing.
 struct Penalties {
-  float repetition = 1.0f, frequency = 0.0f, presence = 0.0f;
+  float repetition, frequency, presence;
 };
 
 // A count above 0 is how often the token was drawn; below 0, it occurs but was not drawn: in a prompt, say.
@@ -81,6 +81,12 @@ GQA_HOST_DEVICE float penalize(float z, int32_t count, const Penalties &p) {
   const float repeated = z > 0.0f ? divided : multiplied;
   const float drawn = sub(sub(repeated, mul(p.frequency, static_cast<float>(count))), p.presence);
   return count == 0 ? z : (count < 0 ? repeated : drawn);
+}
+
+// A bias of 0 is none: it changes no more than the sign of a zero.
+GQA_HOST_DEVICE float adjust(float z, int32_t count, const Penalties &p, float bias, bool allowed) {
+  if (count != 0) z = penalize(z, count, p);
+  return allowed ? add(z, bias) : kForbidden;
 }
 
 // log2(e) / temperature, the temperature kept where no intermediate overflows or is denormal.

@@ -22,34 +22,37 @@ GQA_HOST_DEVICE bool is_adjusted(const gqa_sample_params &p) {
 template <typename T>
 struct Adjustments {
   const int32_t *counts;
-  const float *bias;
-  const T *bias_like_logits;
+  const void *bias;
+  bool bias_is_float;
   const int32_t *allowed;
   Penalties penalties;
 
-  GQA_HOST_DEVICE Adjustments(const gqa_sample_params &p, int64_t row)
-      : counts(has_penalties(p) ? p.token_counts + row * p.token_counts_stride : nullptr),
-        bias(nullptr),
-        bias_like_logits(nullptr),
-        allowed(p.allowed_bitmask == nullptr ? nullptr : p.allowed_bitmask + row * p.allowed_bitmask_stride) {
-    if (p.logit_bias != nullptr && p.logit_bias_dtype == GQA_DTYPE_FLOAT32) {
-      bias = static_cast<const float *>(p.logit_bias) + row * p.logit_bias_stride;
-    } else if (p.logit_bias != nullptr) {
-      bias_like_logits = static_cast<const T *>(p.logit_bias) + row * p.logit_bias_stride;
-    }
-    penalties.repetition = value_or(p.repetition_penalties, p.repetition_penalties_stride, 1.0f, row);
-    penalties.frequency = value_or(p.frequency_penalties, p.frequency_penalties_stride, 0.0f, row);
-    penalties.presence = value_or(p.presence_penalties, p.presence_penalties_stride, 0.0f, row);
+  // f(values) with the bias as the type it has.
+  template <typename F>
+  GQA_HOST_DEVICE auto with_bias(F &&f) const {
+    if (sizeof(T) == 4 || bias_is_float) return f(static_cast<const float *>(bias));
+    return f(static_cast<const T *>(bias));
   }
 
-  // Of the i-th token, whose logit is z.
-  template <typename ToFloat>
-  GQA_HOST_DEVICE float adjust(float z, uint32_t i, ToFloat &&to_float) const {
-    if (counts != nullptr && counts[i] != 0) z = penalize(z, counts[i], penalties);
-    if (bias != nullptr) z = add(z, bias[i]);
-    if (bias_like_logits != nullptr) z = add(z, to_float(bias_like_logits[i]));
-    return allowed == nullptr || (static_cast<uint32_t>(allowed[i / 32]) >> i % 32 & 1) != 0 ? z : kForbidden;
+  GQA_HOST_DEVICE bool is_allowed(uint32_t i) const {
+    return allowed == nullptr || (static_cast<uint32_t>(allowed[i / 32]) >> i % 32 & 1) != 0;
   }
 };
+
+template <typename T>
+GQA_HOST_DEVICE Adjustments<T> load_adjustments(const gqa_sample_params &p, int64_t row) {
+  Adjustments<T> by{};
+  if (has_penalties(p)) by.counts = p.token_counts + row * p.token_counts_stride;
+  by.bias_is_float = sizeof(T) == 4 || p.logit_bias_dtype == GQA_DTYPE_FLOAT32;
+  if (p.logit_bias != nullptr) {
+    const int64_t offset = row * p.logit_bias_stride * (by.bias_is_float ? sizeof(float) : sizeof(T));
+    by.bias = static_cast<const char *>(p.logit_bias) + offset;
+  }
+  if (p.allowed_bitmask != nullptr) by.allowed = p.allowed_bitmask + row * p.allowed_bitmask_stride;
+  by.penalties.repetition = value_or(p.repetition_penalties, p.repetition_penalties_stride, 1.0f, row);
+  by.penalties.frequency = value_or(p.frequency_penalties, p.frequency_penalties_stride, 0.0f, row);
+  by.penalties.presence = value_or(p.presence_penalties, p.presence_penalties_stride, 0.0f, row);
+  return by;
+}
 
 }  // namespace gqa::sampling

@@ -34,10 +34,9 @@ GQA_CPU_CLONES void load_chunk(const T *logits, const Adjustments<T> &by, int64_
     }
   }
   if (by.bias != nullptr) {
-    for (int i = 0; i < n; ++i) z[i] = add(z[i], by.bias[start + i]);
-  }
-  if (by.bias_like_logits != nullptr) {
-    for (int i = 0; i < n; ++i) z[i] = add(z[i], to_float(by.bias_like_logits[start + i]));
+    by.with_bias([&](const auto *bias) {
+      for (int i = 0; i < n; ++i) z[i] = add(z[i], to_float(bias[start + i]));
+    });
   }
   for (int i = n; i < kChunk; ++i) z[i] = kForbidden;
   if (by.allowed != nullptr) {
@@ -107,7 +106,9 @@ template <typename T>
 class Row {
  public:
   Row(const gqa_sample_params &p, int64_t row)
-      : logits_(static_cast<const T *>(p.logits) + row * p.logits_stride), vocab_(p.vocab), adjustments_(p, row) {}
+      : logits_(static_cast<const T *>(p.logits) + row * p.logits_stride),
+        vocab_(p.vocab),
+        by_(load_adjustments<T>(p, row)) {}
 
   Top top() {
     Top top{0, false};
@@ -225,7 +226,7 @@ class Row {
  private:
   int load(int64_t start, float *z) const {
     const int n = static_cast<int>(std::min<int64_t>(kChunk, vocab_ - start));
-    load_chunk(logits_, adjustments_, start, n, z);
+    load_chunk(logits_, by_, start, n, z);
     return n;
   }
 
@@ -278,7 +279,7 @@ class Row {
 
   const T *logits_;
   int64_t vocab_;
-  Adjustments<T> adjustments_;
+  Adjustments<T> by_;
   int64_t top_chunk_ = 0;
   float max_ = 0, scale_ = 0;
   Selected selected_;

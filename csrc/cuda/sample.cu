@@ -55,12 +55,8 @@ struct Shared {
 template <typename T, bool kAdjusted>
 class Row {
  public:
-  __device__ Row(const gqa_sample_params &p, int64_t row, Shared *shared, uint32_t *cells)
-      : z_(static_cast<const T *>(p.logits) + row * p.logits_stride),
-        vocab_(static_cast<int>(p.vocab)),
-        adjustments_(p, row),
-        shared_(*shared),
-        cells_(cells) {}
+  __device__ Row(const T *z, int vocab, const Adjustments<T> *by, Shared *shared, uint32_t *cells)
+      : z_(z), vocab_(vocab), by_(*by), shared_(*shared), cells_(cells) {}
 
   __device__ Top top() {
     uint32_t largest = 0;
@@ -197,12 +193,19 @@ class Row {
   __device__ __forceinline__ float logit(int i, T raw) const {
     const float z = to_float(raw);
     if constexpr (!kAdjusted) return z;
-    return adjustments_.adjust(z, i, [](T value) { return to_float(value); });
+    const int32_t count = by_.counts == nullptr ? 0 : by_.counts[i];
+    const float bias = by_.bias == nullptr ? 0.0f : by_.with_bias([&](auto *of) { return to_float(of[i]); });
+    return adjust(z, count, by_.penalties, bias, by_.is_allowed(i));
   }
 
   // f(index, logit) over [begin, end), divided among `threads` of which this is number `thread`.
   template <typename F>
   __device__ __forceinline__ void for_each(int begin, int end, int thread, int threads, F &&f) const {
+    if constexpr (kAdjusted) {  // neighbours to neighbouring threads, whatever the alignment of each tensor
+#pragma unroll 4
+      for (int i = begin + thread; i < end; i += threads) f(i, logit(i, z_[i]));
+      return;
+    }
     constexpr int kSize = Vec<T>::kSize;
     const int misaligned = reinterpret_cast<uintptr_t>(z_ + begin) % 16 / sizeof(T);
     const int body = min(begin + (kSize - misaligned) % kSize, end);
@@ -258,7 +261,7 @@ class Row {
 
   const T *z_;
   int vocab_;
-  Adjustments<T> adjustments_;
+  const Adjustments<T> &by_;  // in shared memory: registers are for the passes
   float max_ = 0, scale_ = 0;
   Shared &shared_;
   uint32_t *cells_;  // [kBins][kColumns] or, in select, [2][kDigits]
@@ -268,8 +271,14 @@ template <typename T, bool kAdjusted>
 __global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_params p) {
   extern __shared__ uint32_t cells[];
   __shared__ Shared shared;
+  __shared__ Adjustments<T> by;
   const int64_t at = blockIdx.x;
-  Row<T, kAdjusted> row(p, at, &shared, cells);
+  if constexpr (kAdjusted) {
+    if (threadIdx.x == 0) by = load_adjustments<T>(p, at);
+    __syncthreads();
+  }
+  const T *z = static_cast<const T *>(p.logits) + at * p.logits_stride;
+  Row<T, kAdjusted> row(z, static_cast<int>(p.vocab), &by, &shared, cells);
   const Drawn drawn = draw(row, load_settings(p, at), p.vocab);
   if (threadIdx.x != 0) return;
   p.ids[at] = drawn.id;
