@@ -243,3 +243,23 @@ def test_sample_on_hopper_holds_the_row_in_a_cluster(vocab: int, dtype: torch.dt
         assert portable["kernel"] == "sample_row" and tuple(portable["grid"]) == (rows, 1, 1)
     assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 8, 16}
     assert vocab < 128256 or blocks[:4] == [16, 16, 8, 8]
+
+
+def test_sample_adjusts_logits_in_the_portable_kernel() -> None:
+    """Penalties, a bias or a bitmask: counts alone, which nothing looks at, do not count."""
+    logits, counts = torch.zeros(4, 1000), torch.zeros(4, 1000, dtype=torch.int32)
+    one = torch.ones(())
+    for options in (
+        {"logit_bias": torch.zeros(1000)},
+        {"allowed_bitmask": torch.zeros(32, dtype=torch.int32)},
+        *({name + "_penalty": one, "token_counts": counts} for name in ("repetition", "frequency", "presence")),
+    ):
+        for gpu in GPUS.values():
+            plan = plan_for(gpu, "sample", logits, **options)
+            assert plan["launches"][0]["kernel"] == "sample_row" and "bitmask" in str(plan["reason"])
+    assert plan_for(H200, "sample", logits, token_counts=counts)["launches"][0]["kernel"] == "sample_cluster"
+
+
+@pytest.mark.usefixtures("portable")
+def test_the_portable_sampler_can_be_asked_for() -> None:
+    assert plan_for(H200, "sample", torch.zeros(4, 1000))["launches"][0]["kernel"] == "sample_row"

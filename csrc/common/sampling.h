@@ -2,6 +2,11 @@
 // rounded operation and all that follows is integers, so the same logits, settings, seed and offset give the same
 // token on every device, alone or in any batch. Files that include it must not contract a * b + c.
 //
+//   z_i     the logit as float32 after, where given and in this order, each step one rounded operation:
+//             penalties     of a token that occurs: z / repetition if z > 0, else z * repetition; then, if its count
+//                           is above 0, z - (frequency * count), then z - presence
+//             bias          z + bias
+//             bitmask       -inf where the token's bit is 0
 //   t_i     (z_i - max z) * log2(e) / temperature: 2^t_i is the token's probability relative to the likeliest one's.
 //           Below -43.75, or where z_i is -inf, the token is excluded: it is never drawn.
 //   bin_i   -t_i in eighths of an octave, rounded; m_i = 2^19 * 2^(t_i + bin_i / 8), rounded to 20 bits
@@ -12,6 +17,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "common/index.h"
 
@@ -23,6 +29,7 @@ constexpr int64_t kMaxVocab = 1 << 18;  // keeps every product of a sum and a sc
 constexpr uint64_t kTopPOff = uint64_t{1} << 32;
 constexpr uint32_t kInfinityKey = 0xff800000u;  // key() of +inf
 constexpr uint32_t kLowestKey = 0x007fffffu;    // key() of -inf; only NaN, whose key is 0, lies below
+constexpr float kForbidden = -std::numeric_limits<float>::infinity();
 
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
@@ -62,6 +69,25 @@ GQA_HOST_DEVICE uint32_t key(float z) {
 }
 
 GQA_HOST_DEVICE float key_to_logit(uint32_t key) { return from_bits(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
+
+// One row's; 1, 0 and 0 change nothing.
+struct Penalties {
+  float repetition, frequency, presence;
+};
+
+// A count above 0 is how often the token was drawn; below 0, it occurs but was not drawn: in a prompt, say.
+GQA_HOST_DEVICE float penalize(float z, int32_t count, const Penalties &p) {
+  const float divided = div(z, p.repetition), multiplied = mul(z, p.repetition);
+  const float repeated = z > 0.0f ? divided : multiplied;
+  const float drawn = sub(sub(repeated, mul(p.frequency, static_cast<float>(count))), p.presence);
+  return count == 0 ? z : (count < 0 ? repeated : drawn);
+}
+
+// A bias of 0 is none: it changes no more than the sign of a zero.
+GQA_HOST_DEVICE float adjust(float z, int32_t count, const Penalties &p, float bias, bool allowed) {
+  if (count != 0) z = penalize(z, count, p);
+  return allowed ? add(z, bias) : kForbidden;
+}
 
 // log2(e) / temperature, the temperature kept where no intermediate overflows or is denormal.
 GQA_HOST_DEVICE float scale_of(float temperature) {

@@ -11,7 +11,7 @@
 //   pick(kept, bin, need)       the first token, by index, at which the running sum of m over the bin reaches need
 #pragma once
 
-#include "common/sampling.h"
+#include "common/sampling_logits.h"
 
 #if defined(__CUDACC__)
 #define GQA_SAMPLING __device__ __forceinline__
@@ -59,10 +59,6 @@ struct Settings {
   float least_exponent;
   Random random;
 };
-
-GQA_HOST_DEVICE float value_or(const float *values, int64_t stride, float otherwise, int64_t row) {
-  return values == nullptr ? otherwise : values[row * stride];
-}
 
 GQA_HOST_DEVICE bool has_rows(const gqa_index &index) { return index.data != nullptr && index.stride[0] != 0; }
 

@@ -299,6 +299,10 @@ typedef struct gqa_merge_attention_states_params {
 /*
  * Draws one token per row. A setting's per-row pointer, where given, replaces its scalar. Where neither seeds nor
  * offsets has a value per row, a row is told apart by its index; where one has, that value alone decides.
+ *
+ * Before anything else a logit z becomes, in float32: for a token whose count is not 0, z > 0 ? z / repetition :
+ * z * repetition; if the count is above 0, then z - frequency * count, then z - presence; plus its bias; -inf where its
+ * bit of the mask is 0. A count below 0 marks a token that only the repetition penalty is to see, as of a prompt.
  */
 typedef struct gqa_sample_params {
   uint32_t struct_size;
@@ -306,7 +310,7 @@ typedef struct gqa_sample_params {
   const void *logits; /* [rows, vocab] */
   int64_t *ids;       /* [rows], always in [0, vocab) */
   uint8_t *valid;     /* [rows] 0 where the row held a NaN or no logit above -inf, or NULL */
-  float *logprob;     /* [rows] natural log, of the token under the filtered distribution, or NULL */
+  float *logprob;     /* [rows] natural log, of the token under the adjusted, filtered distribution, or NULL */
   int64_t rows;
   int64_t vocab; /* at most 2^18 */
   int64_t logits_stride;
@@ -325,6 +329,19 @@ typedef struct gqa_sample_params {
   int64_t temperatures_stride; /* 0: one value for all rows, and so on */
   int64_t top_ps_stride;
   int64_t min_ps_stride;
+  const void *logit_bias;            /* [rows, vocab] or NULL */
+  const int32_t *allowed_bitmask;    /* [rows, ceil(vocab / 32)], bit i % 32 of word i / 32 is token i's, or NULL */
+  const int32_t *token_counts;       /* [rows, vocab]; may be NULL where there is no penalty */
+  const float *repetition_penalties; /* [rows] or NULL: 1, and so on */
+  const float *frequency_penalties;  /* NULL: 0 */
+  const float *presence_penalties;   /* NULL: 0 */
+  int64_t logit_bias_stride;         /* 0: one row for all, and so on */
+  int64_t allowed_bitmask_stride;
+  int64_t token_counts_stride;
+  int64_t repetition_penalties_stride;
+  int64_t frequency_penalties_stride;
+  int64_t presence_penalties_stride;
+  int32_t logit_bias_dtype; /* float32 or dtype */
 } gqa_sample_params;
 
 /* -------------------------------------------------------------------------------------------- functions -- */

@@ -5,6 +5,7 @@
 
 #include "common/status.h"
 #include "plan/gqa_attention_decode_sm90.h"
+#include "plan/plan.h"
 
 namespace gqa {
 namespace {

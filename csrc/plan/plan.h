@@ -29,6 +29,9 @@ inline bool has_sm90_code() {
   return archs[0] == '\0' || std::strstr(archs, "90") != nullptr;
 }
 
+// gqa_set_kernel_override: the portable kernels, and no others.
+bool is_portable_asked_for();
+
 inline void add_launch(gqa_plan *plan, const gqa_launch &launch) { plan->launches[plan->num_launches++] = launch; }
 
 }  // namespace gqa

@@ -1,6 +1,6 @@
 #include "plan/sample.h"
 
-#include "common/sampling.h"
+#include "common/sampling_logits.h"
 #include "plan/plan.h"
 
 namespace gqa {
@@ -37,9 +37,13 @@ gqa_status check_params(const gqa_sample_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
   if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
   if (!is_readable(p->top_ks) || !is_readable(p->seeds) || !is_readable(p->offsets)) return GQA_STATUS_UNSUPPORTED;
+  if (p->logit_bias != nullptr && p->logit_bias_dtype != GQA_DTYPE_FLOAT32 && p->logit_bias_dtype != p->dtype) {
+    return GQA_STATUS_UNSUPPORTED;
+  }
   if (p->rows < 0 || p->vocab < 1) return GQA_STATUS_INVALID_ARGUMENT;
   if (p->vocab > sampling::kMaxVocab) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
+  if (p->token_counts == nullptr && sampling::has_penalties(*p)) return GQA_STATUS_NULL_POINTER;
   return p->logits != nullptr && p->ids != nullptr ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
 }
 
@@ -54,7 +58,9 @@ gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device,
   *plan = {};
   if (p->rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
-  if (device != nullptr && device->compute_capability == 90 && gqa::has_sm90_code()) {
+  const bool adjusted = gqa::sampling::is_adjusted(*p);
+  const bool hopper = device != nullptr && device->compute_capability == 90 && gqa::has_sm90_code();
+  if (hopper && !adjusted && !gqa::is_portable_asked_for()) {
     const int64_t blocks = gqa::blocks_per_row(p, device);
     if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
     // One block to an SM where it holds much of a row: then twice the threads.
@@ -67,7 +73,8 @@ gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device,
   const int64_t shared_memory = (gqa::sampling::kBins + 1) * gqa::kSampleColumns * sizeof(uint32_t);
   gqa::add_launch(plan,
                   gqa::make_launch("sample", "sample_row", p->dtype, {p->rows}, {gqa::kSampleThreads}, shared_memory));
-  plan->reason = "one block per row serves every vocabulary and setting";
+  plan->reason = adjusted ? "one block per row applies penalties, bias and bitmask as it reads"
+                          : "one block per row serves every vocabulary and setting";
   return GQA_STATUS_OK;
 }
 

@@ -13,7 +13,7 @@
 
 static float values[16 * 1024], results[4][16 * 1024];
 static int64_t ids[16];
-static int32_t lengths[B];
+static int32_t lengths[B], words[400];
 static const gqa_device h200 = {90, 132, 232448, 62914560};
 static int failures = 0, checks = 0;
 
@@ -208,6 +208,10 @@ static void fill_sample(gqa_sample_params *p) {
   p->logits_stride = 100;
   p->temperature = 1.0f;
   p->top_p = 1.0f;
+  p->logit_bias = p->repetition_penalties = p->frequency_penalties = p->presence_penalties = values;
+  p->logit_bias_dtype = GQA_DTYPE_FLOAT32;
+  p->allowed_bitmask = p->token_counts = words;
+  p->token_counts_stride = 100;
 }
 
 static void count_launch(void *user, const gqa_launch *launch) {
@@ -286,7 +290,10 @@ int main(void) {
   ACCEPTS_AND_REFUSES(sample);
   WITHOUT(sample, logits);
   WITHOUT(sample, ids);
+  WITHOUT(sample, token_counts);
   WITH(sample, vocab = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(sample, logit_bias_dtype = GQA_DTYPE_FLOAT16, GQA_STATUS_UNSUPPORTED);
+  WITH(sample, logit_bias_dtype = GQA_DTYPE_INT32, GQA_STATUS_UNSUPPORTED);
 
   /* Nothing above may have launched. */
   expect("launch log", "refused calls launch nothing", launches == 0 ? GQA_STATUS_OK : GQA_STATUS_CUDA_ERROR,

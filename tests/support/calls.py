@@ -164,7 +164,17 @@ def _sample(rng: random.Random, device: str) -> Call:
         options["top_p"] = 0.9
     if rng.random() < 0.3:
         options["min_p"] = 0.05
-    return (make(rows, vocab),), options
+    logits = make(rows, vocab)
+    if rng.random() < 0.3:
+        options["logit_bias"] = make(*rng.choice([(vocab,), (rows, vocab)]))
+    if rng.random() < 0.3:
+        words = [rng.randrange(-(2**31), 2**31) for _ in range(rows * -(-vocab // 32))]
+        options["allowed_bitmask"] = _ints(words, device).view(rows, -1)
+    if rng.random() < 0.3:
+        options["token_counts"] = _ints(rng.choices([0, 0, -1, 1, 3], k=rows * vocab), device).view(rows, vocab)
+        for name in rng.sample(["repetition_penalty", "frequency_penalty", "presence_penalty"], 2):
+            options[name] = make(*rng.choice([(), (rows,)]), dtype=torch.float32).abs() + 0.5
+    return (logits,), options
 
 
 CALLS: dict[str, Callable[[random.Random, str], Call]] = {
