@@ -1,11 +1,11 @@
 // swiglu: out = silu(gate) * up, silu rounded to the dtype before the product.
-// Rows without gaps are one long row; a thread owns 16 bytes of each tensor, in accesses as wide as all rows allow.
-// Memory order: gate and up, then out; each byte once. Neighbouring threads' accesses are neighbours in memory.
+// Rows without gaps are one long row; a thread owns 16 or 32 bytes of each tensor, in accesses as wide as all rows
+// allow. Memory order: gate and up, then out; each byte once. Neighbouring threads' accesses are neighbours in memory.
 // Limits: any width, alignment and row strides.
 // Determinism: no reductions, bitwise repeatable; the bytes do not depend on the layout.
 #include "cuda/common/programmatic_launch.cuh"
 #include "cuda/common/silu.cuh"
-#include "plan/pointwise.h"
+#include "plan/swiglu.h"
 
 namespace gqa::cuda {
 namespace {
@@ -21,9 +21,9 @@ struct Words {
 };
 
 // What a thread takes of a row: kRuns accesses, a warp's width apart.
-template <typename T, int kBytes>
+template <typename T, int kBytes, bool kDense>
 struct Run {
-  static constexpr int kRuns = 16 / kBytes, kElements = kBytes / sizeof(T), kStep = 32 * kElements;
+  static constexpr int kRuns = swiglu_runs(kBytes, kDense), kElements = kBytes / sizeof(T), kStep = 32 * kElements;
 
   __device__ static void apply(const T *gate, const T *up, T *out, int64_t first, int64_t end) {
     if constexpr (kBytes < 4) {
@@ -60,7 +60,7 @@ struct Run {
 // whole accesses goes one by one.
 template <typename T, int kBytes, bool kDense>
 __global__ void __launch_bounds__(256) swiglu_rows(const __grid_constant__ gqa_swiglu_params p) {
-  using R = Run<T, kBytes>;
+  using R = Run<T, kBytes, kDense>;
   launch_dependents();
   wait_for_prerequisites();
   const T *gate = static_cast<const T *>(p.gate), *up = static_cast<const T *>(p.up);
@@ -103,8 +103,7 @@ extern "C" gqa_status gqa_swiglu_cuda(const gqa_swiglu_params *p, CUstream_st *s
   return dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const gqa_swiglu_params flat = gqa::flattened(*p);
-    const bool dense = flat.rows[0] * flat.rows[1] == 1;
-    auto *kernel = dense ? kernel_of<T, true>(shape.variant) : kernel_of<T, false>(shape.variant);
+    auto *kernel = gqa::is_one_row(flat) ? kernel_of<T, true>(shape.variant) : kernel_of<T, false>(shape.variant);
     return launch_programmatic(kernel, shape, stream, flat);
   });
 }

@@ -5,9 +5,6 @@
 namespace gqa {
 namespace {
 
-// Both kernels fit an SM together, so that the second fills its rings while the first ends.
-constexpr int64_t kSharedMemory = 110 * 1024;
-
 bool aligned(const void *data, int64_t stride, int64_t rows) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows == 1 || stride % 8 == 0);
 }
@@ -31,8 +28,10 @@ const char *refusal(const gqa_swiglu_ffn_params &p, const gqa_device &device) {
   return nullptr;
 }
 
-gqa_launch launch_of(const char *kernel, const gqa_swiglu_ffn_params &p, const FfnStream &stream) {
-  return make_launch("swiglu_ffn", kernel, p.dtype, {stream.blocks}, {32 * (kFfnConsumers + 1)}, stream.shared_memory);
+// A block for each SM, where there is an output for each.
+gqa_launch launch_of(const char *kernel, const gqa_swiglu_ffn_params &p, int64_t features, const gqa_device &device) {
+  const Dim3 grid{std::min<int64_t>(device.num_sms, features)}, block{32 * kFfnWarps};
+  return make_launch("swiglu_ffn", kernel, p.dtype, grid, block, ffn_shared_memory(p.tokens), ffn_variant(p.tokens));
 }
 
 }  // namespace
@@ -44,17 +43,6 @@ gqa_status check_params(const gqa_swiglu_ffn_params *p) {
   if (p->tokens == 0) return GQA_STATUS_OK;
   const bool complete = p->x && p->w_gate && p->w_up && p->w_down && p->activation && p->out;
   return complete ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
-}
-
-FfnStream ffn_stream(int64_t features, int64_t columns, int64_t tokens, const gqa_device &device) {
-  FfnStream stream{};
-  stream.blocks = std::min<int64_t>(device.num_sms, features);
-  stream.chunk = std::min<int64_t>(256, ceil_div<int64_t>(columns, 16) * 16);
-  const int64_t stage = (kFfnRows + tokens) * ffn_pitch(stream.chunk), fixed = ffn_sums(tokens) + 128;
-  const int64_t most = (kSharedMemory - fixed) / (stage + 16);
-  stream.stages = std::max<int64_t>(2, most);
-  stream.shared_memory = fixed + stream.stages * (stage + 16);
-  return stream;
 }
 
 }  // namespace gqa
@@ -71,8 +59,8 @@ gqa_status gqa_swiglu_ffn_plan(const gqa_swiglu_ffn_params *p, const gqa_device 
   plan->reason = refusal(*p, *device);
   if (plan->reason != nullptr) return GQA_STATUS_UNSUPPORTED;
   plan->reason = "few tokens: two kernels stream the weights";
-  add_launch(plan, launch_of("ffn_gate_up", *p, ffn_stream(p->intermediate, p->hidden, p->tokens, *device)));
-  add_launch(plan, launch_of("ffn_down", *p, ffn_stream(p->out_features, p->intermediate, p->tokens, *device)));
+  add_launch(plan, launch_of("ffn_gate_up", *p, p->intermediate, *device));
+  add_launch(plan, launch_of("ffn_down", *p, p->out_features, *device));
   return GQA_STATUS_OK;
 }
 

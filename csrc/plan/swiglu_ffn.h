@@ -1,4 +1,4 @@
-// swiglu_ffn's two kernels: how each divides weight rows over blocks and a row over the stages of a block's ring.
+// swiglu_ffn's two kernels: the shapes they are built for, and the shared memory that these take.
 #pragma once
 
 #include "plan/plan.h"
@@ -8,22 +8,27 @@ namespace gqa {
 gqa_status check_params(const gqa_swiglu_ffn_params *p);
 
 constexpr int kFfnMaxTokens = 16;
-constexpr int kFfnConsumers = 4;  // warps that multiply; one more fills the ring
-constexpr int kFfnRows = 32;      // weight rows in a stage: two tiles of 16, in the first kernel one of each matrix
+constexpr int kFfnWarps = 8;
+constexpr int kFfnRows = 32;   // weight rows at a time: two tiles of 16, in the first kernel one of each matrix
+constexpr int kFfnChunk = 64;  // columns in a stage
 
-// One kernel: `features` outputs for each token, each a dot product over `columns`; two of them where gated.
-struct FfnStream {
-  int64_t blocks;
-  int64_t chunk;  // columns in a stage
-  int64_t stages;
-  int64_t shared_memory;
-};
+// Up to 2 tokens the two kernels fit an SM together, so that the second fills its rings while the first runs; with more
+// tokens, deeper rings hide better what copying x costs.
+enum FfnVariant { kFfnPair, kFfnEight, kFfnSixteen };
 
-constexpr int64_t ffn_pitch(int64_t chunk) { return 2 * chunk + 16; }  // bytes; ldmatrix meets no bank twice
+constexpr int ffn_stages(int variant) { return variant == kFfnPair ? 3 : variant == kFfnEight ? 5 : 4; }
 
-// Partial sums of each consumer, of two groups of rows in turn; a column more than tokens against bank conflicts.
-constexpr int64_t ffn_sums(int64_t tokens) { return 4 * 2 * kFfnConsumers * kFfnRows * ((tokens > 8 ? 16 : 8) + 1); }
+constexpr FfnVariant ffn_variant(int64_t tokens) {
+  return tokens <= 2 ? kFfnPair : tokens <= 8 ? kFfnEight : kFfnSixteen;
+}
 
-FfnStream ffn_stream(int64_t features, int64_t columns, int64_t tokens, const gqa_device &device);
+// Columns of a warp's sums: the tokens of its tiles, and one more against bank conflicts.
+constexpr int ffn_sum_columns(int token_tiles) { return 8 * token_tiles + 1; }
+constexpr int ffn_sums_size(int token_tiles) { return 4 * kFfnWarps * kFfnRows * ffn_sum_columns(token_tiles); }
+
+constexpr int64_t ffn_shared_memory(int64_t tokens) {
+  const int64_t stage = (kFfnRows + tokens) * 2 * kFfnChunk;
+  return ffn_sums_size(tokens > 8 ? 2 : 1) + kFfnWarps * ffn_stages(ffn_variant(tokens)) * stage;
+}
 
 }  // namespace gqa
