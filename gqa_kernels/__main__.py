@@ -91,6 +91,8 @@ def examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "16 x 4096", "add_rmsnorm", (hidden, hidden, tensor(4096)), {}
     yield "16 x 4096", "residual_add", (hidden, hidden), {}
     yield "16 x 14336", "swiglu", (tensor(16, 14336), tensor(16, 14336)), {}
+    weights = tensor(14336, 4096), tensor(14336, 4096), tensor(4096, 14336)
+    yield "16 x 4096/14336", "swiglu_ffn", (hidden, *weights), {}
     yield "16 x 128256, top-p", "sample", (tensor(16, 128256),), {"top_p": 0.9}
 
 

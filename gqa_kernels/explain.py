@@ -23,6 +23,7 @@ OPS = (
     "rope_",
     "sample",
     "swiglu",
+    "swiglu_ffn",
 )
 
 # What plans are made for where there is no GPU: an H200.

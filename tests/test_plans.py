@@ -15,6 +15,7 @@ from gqa_kernels.explain import H200, OPS
 
 A100 = {"compute_capability": 80, "num_sms": 108, "max_shared_memory": 166912, "l2_size": 41943040}
 RTX3090 = {"compute_capability": 86, "num_sms": 82, "max_shared_memory": 101376, "l2_size": 6291456}
+PARTS = {"swiglu_ffn": "swiglu"}  # ops that may run as another one between torch's own
 GPUS = {"H200": H200, "A100": A100, "RTX 3090": RTX3090}
 
 
@@ -60,7 +61,7 @@ def test_every_plan_fits_the_device(op: str, gpu: str) -> None:
         assert 1 <= len(plan["launches"]) <= 4 and plan["workspace_size"] >= 0
         assert str(plan["reason"]) and not str(plan["reason"]).endswith(".")
         for launch in plan["launches"]:
-            assert launch["op"] == op.rstrip("_"), (op, seed)  # rope_ is rope onto itself
+            assert launch["op"] in (op.rstrip("_"), PARTS.get(op)), (op, seed)  # rope_ is rope onto itself
             assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 1024
             assert launch["shared_memory"] <= GPUS[gpu]["max_shared_memory"]
             assert all(size <= 65535 for size in launch["grid"][1:])

@@ -49,6 +49,7 @@ FROZEN = {
     "Tensor? frequency_penalty=None, Tensor? presence_penalty=None, bool return_logprob=False) "
     "-> (Tensor, Tensor, Tensor)",
     "swiglu": "(Tensor gate, Tensor? up=None) -> Tensor",
+    "swiglu_ffn": "(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down) -> Tensor",
 }
 
 

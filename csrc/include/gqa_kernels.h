@@ -170,6 +170,30 @@ typedef struct gqa_swiglu_params {
   int64_t out_stride[2];
 } gqa_swiglu_params;
 
+/*
+ * The feed-forward block for few tokens: activation = swiglu(x w_gate^T, x w_up^T), out = activation w_down^T. Sums in
+ * float32; each matrix product, the silu and the activation are rounded to dtype. CUDA serves 1 ... 16 tokens of
+ * float16 or bfloat16 on sm_90; hidden and intermediate are multiples of 8, and rows begin at multiples of 16 bytes.
+ */
+typedef struct gqa_swiglu_ffn_params {
+  uint32_t struct_size;
+  int32_t dtype;
+  const void *x;      /* [tokens, hidden] */
+  const void *w_gate; /* [intermediate, hidden] */
+  const void *w_up;   /* [intermediate, hidden] */
+  const void *w_down; /* [out_features, intermediate] */
+  void *activation;   /* [tokens, intermediate] contiguous scratch: what the first half hands to the second */
+  void *out;          /* [tokens, out_features] contiguous */
+  int64_t tokens;
+  int64_t hidden;
+  int64_t intermediate;
+  int64_t out_features;
+  int64_t x_stride;
+  int64_t w_gate_stride;
+  int64_t w_up_stride;
+  int64_t w_down_stride;
+} gqa_swiglu_ffn_params;
+
 /* ----------------------------------------------------------------------------------------------- rope -- */
 
 /* Rotates q and k. In place when q_out == q (k_out == k) with equal strides. Default position of token s: s. */
@@ -356,6 +380,7 @@ GQA_DECLARE_OP(rmsnorm, gqa_rmsnorm_params);
 GQA_DECLARE_OP(add_rmsnorm, gqa_add_rmsnorm_params);
 GQA_DECLARE_OP(residual_add, gqa_residual_add_params);
 GQA_DECLARE_OP(swiglu, gqa_swiglu_params);
+GQA_DECLARE_OP(swiglu_ffn, gqa_swiglu_ffn_params);
 GQA_DECLARE_OP(rope, gqa_rope_params);
 GQA_DECLARE_OP(kv_cache_append, gqa_kv_cache_append_params);
 GQA_DECLARE_OP(attention_prefill, gqa_attention_prefill_params);

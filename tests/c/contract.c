@@ -108,6 +108,17 @@ static void fill_swiglu(gqa_swiglu_params *p) {
   p->gate_stride[1] = p->up_stride[1] = p->out_stride[1] = 64;
 }
 
+static void fill_swiglu_ffn(gqa_swiglu_ffn_params *p) {
+  START(p);
+  p->dtype = GQA_DTYPE_FLOAT16;
+  p->tokens = 3;
+  p->hidden = p->intermediate = p->out_features = 64;
+  p->x = p->w_gate = p->w_up = p->w_down = values;
+  p->activation = results[0];
+  p->out = results[1];
+  p->x_stride = p->w_gate_stride = p->w_up_stride = p->w_down_stride = 64;
+}
+
 static void strides(int64_t *stride, int64_t rows, int64_t heads) {
   stride[0] = rows * heads * D;
   stride[1] = heads * D;
@@ -249,6 +260,16 @@ int main(void) {
   WITHOUT(swiglu, gate);
   WITHOUT(swiglu, up);
   WITHOUT(swiglu, out);
+
+  ACCEPTS_AND_REFUSES(swiglu_ffn);
+  WITHOUT(swiglu_ffn, x);
+  WITHOUT(swiglu_ffn, w_gate);
+  WITHOUT(swiglu_ffn, w_up);
+  WITHOUT(swiglu_ffn, w_down);
+  WITHOUT(swiglu_ffn, activation);
+  WITHOUT(swiglu_ffn, out);
+  WITH(swiglu_ffn, hidden = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(swiglu_ffn, tokens = -1, GQA_STATUS_INVALID_ARGUMENT);
 
   ACCEPTS_AND_REFUSES(rope);
   WITHOUT(rope, q);

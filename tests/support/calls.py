@@ -153,6 +153,15 @@ def _pair(rng: random.Random, device: str) -> Call:
     return (make(rows, width), make(rows, width)), {}
 
 
+def _ffn(rng: random.Random, device: str) -> Call:
+    """Of few tokens mostly, as the fused kernels want them."""
+    make, tokens = _maker(rng, device), rng.choice([1, 2, 8, 16, 30])
+    hidden, intermediate, out = rng.choice([(64, 176, 64), (8, 8, 8), (264, 520, 40), (33, 50, 17)])
+    gate, up = make(intermediate, hidden) / 8, make(intermediate, hidden) / 8
+    weights = (torch.cat([gate, up]),) if rng.random() < 0.5 else (gate, up)
+    return (make(tokens, hidden), *weights, make(out, intermediate) / 8), {}
+
+
 def _sample(rng: random.Random, device: str) -> Call:
     make, rows, vocab = _maker(rng, device), rng.randrange(1, 6), rng.choice([5, 1000, 32000])
     options: dict[str, Any] = {"seed": rng.randrange(100)}
@@ -189,6 +198,7 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "rope_": _rope,
     "sample": _sample,
     "swiglu": _pair,
+    "swiglu_ffn": _ffn,
 }
 
 
