@@ -23,6 +23,9 @@ inline gqa_launch make_launch(const char *op, const char *kernel, int32_t dtype,
           variant};
 }
 
+// Bytes moved by a call from which on nothing of its outputs would still be in L2 for the next kernel.
+constexpr int64_t kPastCache = int64_t{64} << 20;
+
 // Whether this library's kernels for sm_90 hold code. A library without CUDA plans for one with all of it.
 inline bool has_sm90_code() {
   const char *archs = gqa_cuda_archs();

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace gqa::cuda {
 
@@ -60,6 +61,16 @@ __device__ __forceinline__ Run<T, N> load_run(const T *at) {
 template <typename T, int N>
 __device__ __forceinline__ void store_run(T *at, const Run<T, N> &run) {
   *reinterpret_cast<Run<T, N> *>(at) = run;
+}
+
+// `past_cache`: as not to be read again soon, the first to leave L2.
+template <typename T, int N>
+__device__ __forceinline__ void store_run(T *at, const Run<T, N> &run, bool past_cache) {
+  if constexpr (sizeof(run) >= 8) {
+    using Bits = std::conditional_t<sizeof(run) == 16, uint4, uint2>;
+    if (past_cache) return __stcs(reinterpret_cast<Bits *>(at), *reinterpret_cast<const Bits *>(run.value));
+  }
+  store_run(at, run);
 }
 
 __host__ __device__ __forceinline__ bool is_aligned16(const void *pointer) {
