@@ -38,7 +38,14 @@ struct TokenTensor {
   const int64_t *stride;  // batch, token, head
 };
 
-inline gqa_status encode_tiles(const TokenTensor &t, uint32_t rows, CUtensorMap *map) {
+// How a tensor is copied: `rows` tokens at once, all panels of them or one; whole tiles outside of it read as NaN where
+// asked for.
+struct TileCopy {
+  uint32_t rows;
+  bool one_panel = false, outside_is_nan = false;
+};
+
+inline gqa_status encode_tiles(const TokenTensor &t, const TileCopy &copy, CUtensorMap *map) {
   const EncodeTensorMap encode = find_encode_tensor_map();
   if (encode == nullptr) {
     set_cuda_error("the driver has no cuTensorMapEncodeTiled");
@@ -51,12 +58,13 @@ inline gqa_status encode_tiles(const TokenTensor &t, uint32_t rows, CUtensorMap 
                               static_cast<cuuint64_t>(t.batch)};
   const cuuint64_t stride[4] = {bytes(t.tokens, t.stride[1]), 2 * kPanel, bytes(t.heads, t.stride[2]),
                                 bytes(t.batch, t.stride[0])};
-  const cuuint32_t box[5] = {kPanel, rows, panels, 1, 1}, step[5] = {1, 1, 1, 1, 1};
+  const cuuint32_t box[5] = {kPanel, copy.rows, copy.one_panel ? 1 : panels, 1, 1}, step[5] = {1, 1, 1, 1, 1};
   const CUtensorMapDataType type =
       t.dtype == GQA_DTYPE_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(map, type, 5, const_cast<void *>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      map, type, 5, const_cast<void *>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      copy.outside_is_nan ? CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA : CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return GQA_STATUS_OK;
   set_cuda_error("cuTensorMapEncodeTiled refused a tensor");
   return GQA_STATUS_CUDA_ERROR;
@@ -66,13 +74,16 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Starts the copy of the tile at (token, head, batch); its bytes are counted at `barrier`.
+// Makes this thread's own writes to shared memory visible to wgmma and to copies.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Starts the copy of the tile at (token, head, batch), from `panel` on; its bytes are counted at `barrier`.
 __device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int token, int head,
-                                          int batch) {
+                                          int batch, int panel = 0) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, "
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %7, %5, "
       "%6}], [%2];" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(0), "r"(token), "r"(head), "r"(batch)
+      "l"(&map), "r"(barrier), "r"(0), "r"(token), "r"(head), "r"(batch), "r"(panel)
       : "memory");
 }
 
