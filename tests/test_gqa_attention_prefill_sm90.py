@@ -23,7 +23,7 @@ LENGTHS = [(64, 64), (65, 1), (127, 175), (128, 176), (129, 177), (191, 129), (1
 LENGTHS += [(128, 128), (256, 256), (300, 300), (100, 355), (384, 640)]
 
 every_half = pytest.mark.parametrize("dtype", HALVES)
-every_width = pytest.mark.parametrize("head_dim", [64, 128])
+every_width = pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 every_mask = pytest.mark.parametrize("causal", [False, True])
 
 
@@ -47,6 +47,23 @@ def test_p1_lengths(guard: Guard, dtype: torch.dtype, head_dim: int, causal: boo
     for queries, keys in LENGTHS if guard.device == "cuda" else LENGTHS[2:4]:
         case = dense_case(queries, keys, dtype, head_dim, causal, heads)
         case.check(run_prefill(case, guard, return_lse=True), f"{queries} queries, {keys} keys")
+
+
+@every_half
+@every_mask
+@pytest.mark.parametrize("head_dim", [8, 40, 72, 80, 104, 120, 136, 192, 248])
+def test_p1_widths_between_tiles(guard: Guard, dtype: torch.dtype, head_dim: int, causal: bool) -> None:
+    """Columns past head_dim are another head's, or NaN beside the last one: neither read nor written."""
+    for queries, keys in LENGTHS[2:] if guard.device == "cuda" else LENGTHS[3:4]:
+        case = dense_case(queries, keys, dtype, head_dim, causal, (6, 3))
+        case.check(run_prefill(case, guard, return_lse=True), f"{queries} queries, {keys} keys")
+    case = dense_case(129, 177, dtype, head_dim, causal, (3, 3))
+    wide = []
+    for x in (case.q, case.k, case.v):
+        rows = torch.full((2, x[0].shape[0], 3, head_dim + 8), NAN, dtype=dtype, device=guard.device)
+        rows[..., :head_dim] = torch.stack(x).to(guard.device)
+        wide.append(rows[..., :head_dim])
+    case.check(packed(*gqa_attention_prefill(*wide, causal=causal, return_lse=True)), "beside NaN")
 
 
 @every_half
@@ -109,7 +126,7 @@ def test_p8_nan_stays_in_its_head_and_sequence(guard: Guard, dtype: torch.dtype,
 
 
 @every_half
-@every_width
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("poison", [NAN, math.inf, -math.inf])
 def test_p8_values_reach_who_attends_to_them(guard: Guard, dtype: torch.dtype, head_dim: int, poison: float) -> None:
     """A value that is not finite, in a block that some rows see: those, and no others."""
@@ -127,7 +144,7 @@ def test_p8_values_reach_who_attends_to_them(guard: Guard, dtype: torch.dtype, h
 
 
 @every_half
-@every_width
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 256])
 def test_p14_neighbours_do_not_decide_over_bytes(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
     """Rows whose weights overflow, or are NaN, leave the rows beside them as they are."""
     case = dense_case(128, 900, dtype, head_dim, causal=False, batch=1)
@@ -248,7 +265,10 @@ def prompt(
 
 @every_half
 @every_mask
-@pytest.mark.parametrize("dim, rows, threads", [(64, 192, 512), (128, 128, 384)])
+@pytest.mark.parametrize(
+    "dim, rows, threads",
+    [(8, 192, 512), (64, 192, 512), (72, 192, 512), (96, 192, 512), (112, 128, 384), (128, 128, 384), (256, 128, 384)],
+)
 def test_wgmma_serves_dense_prompts(dtype: torch.dtype, causal: bool, dim: int, rows: int, threads: int) -> None:
     for queries in (64, 512, 513):
         launch, reason = explain(*prompt(queries=queries, dim=dim, dtype=dtype), causal=causal)
@@ -277,7 +297,7 @@ def test_wgmma_takes_what_it_was_built_for() -> None:
     refused([q, k, v], "batch_invariant", batch_invariant=True)
     refused(prompt(queries=63), "at least 64 queries")
     refused(prompt(keys=0), "and keys")
-    refused(prompt(dim=96), "head_dim 64 and 128")
+    refused(prompt(dim=128), "shared memory", gpu={**H200, "max_shared_memory": 101376})
     refused(prompt(dtype=torch.float32), "float32")
     refused(prompt(queries=64, keys=65536), "few rows")
     # Copied first, so that layout does not decide over the kernel and its bytes.

@@ -13,7 +13,7 @@ constexpr int64_t kMinQueries = 64;               // rows of one warpgroup
 constexpr int64_t kLongKeys = 1024;               // more, and few tiles are slower than splits
 constexpr int64_t kMaxLength = 1 << 30;           // tokens
 constexpr int64_t kMaxStride = int64_t{1} << 38;  // of a tensor map, in elements
-constexpr int32_t kMinPageRows = 16, kMaxPageRows = 128;
+constexpr int32_t kMinPageRows = 16;
 constexpr int64_t kSectionBytes = 24 << 20;  // half of the L2
 
 // Strides of dimensions with one element say nothing.
@@ -37,8 +37,8 @@ bool is_packed(const gqa_attention_params *p) { return p->k_cache == nullptr && 
 
 int find_shape(const gqa_attention_params *p) {
   int shape = 0;
-  while (shape < kPrefillShapeCount && kPrefillShapes[shape].dim != p->head_dim) ++shape;
-  const bool wider = shape + 1 < kPrefillShapeCount && kPrefillShapes[shape + 1].dim == p->head_dim;
+  while (shape < kPrefillShapeCount && kPrefillShapes[shape].dim < p->head_dim) ++shape;
+  const bool wider = shape + 1 < kPrefillShapeCount && kPrefillShapes[shape + 1].dim == kPrefillShapes[shape].dim;
   const bool masked = p->causal || p->window_left >= 0 || p->window_right >= 0 || is_paged(p);
   return wider && !masked ? shape + 1 : shape;
 }
@@ -65,10 +65,10 @@ int64_t count_full_tiles(const gqa_attention_params *p, const PrefillShape &shap
   return is_ragged(p) ? std::min(of_tokens, of_sequences) : of_sequences;
 }
 
-// Rows of pages are copied in powers of two.
-int32_t find_page_rows(const gqa_attention_params *p) {
+// Rows of pages are copied in powers of two that divide a block of keys.
+int32_t find_page_rows(const gqa_attention_params *p, const PrefillShape &shape) {
   if (!is_paged(p)) return 0;
-  return static_cast<int32_t>(std::min<int64_t>(kMaxPageRows, p->page_size & -p->page_size));
+  return static_cast<int32_t>(std::min<int64_t>(shape.keys & -shape.keys, p->page_size & -p->page_size));
 }
 
 // Code for the device is in this library, or the library is built without CUDA and only asked what would run.
@@ -84,12 +84,15 @@ const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device 
   if (device->compute_capability != 90 || !has_code()) return "wgmma needs compute capability 9.0 and code for sm_90a";
   if (p->dtype == GQA_DTYPE_FLOAT32) return "float32 runs on the CUDA cores, one warp per row";
   const int shape = find_shape(p);
-  if (shape >= kPrefillShapeCount) return "wgmma tiles take head_dim 64 and 128";
+  if (shape >= kPrefillShapeCount) return "wgmma tiles take head_dim up to 256";
   if (device->max_shared_memory < kPrefillShapes[shape].shared_memory()) return "wgmma tiles need more shared memory";
   if (p->num_splits > 0) return "the number of splits was given";
   if (p->batch_invariant) return "batch_invariant: few and many rows run the same kernel";
   if (p->rotary.cos != nullptr) return "wgmma tiles take rotated q and k";
-  if (is_paged(p) && find_page_rows(p) < kMinPageRows) return "wgmma tiles take pages of multiples of 16 rows";
+  if (is_paged(p) && find_page_rows(p, kPrefillShapes[shape]) < kMinPageRows)
+    return "wgmma tiles take pages of multiples of 16 rows";
+  // Outside of a page is NaN, columns too.
+  if (is_paged(p) && kPrefillShapes[shape].dim != p->head_dim) return "wgmma tiles take pages of their own width";
   const int64_t longest_q = longest_queries(p), longest_k = longest_keys(p);
   if (longest_q < kMinQueries || longest_k < 1) return "wgmma tiles take at least 64 queries, and keys";
   if (is_paged(p) && p->num_pages < 1) return "wgmma tiles take at least one page";
@@ -125,7 +128,7 @@ PrefillPlan plan_prefill_sm90(const gqa_attention_params *p, const gqa_device *d
   plan.row_tiles = static_cast<int32_t>(count_row_tiles(p, shape));
   plan.tiles = static_cast<int32_t>(all_heads(p) * plan.row_tiles);
   plan.blocks = std::min(plan.tiles, device->num_sms);
-  plan.page_rows = find_page_rows(p);
+  plan.page_rows = find_page_rows(p, shape);
   const int64_t pairs = all_heads(p) / (p->num_q_heads / p->num_kv_heads);
   const int64_t fit = std::max<int64_t>(1, kSectionBytes / (4 * longest_keys(p) * shape.dim));
   const int64_t section = ceil_div(pairs, ceil_div(pairs, fit));

@@ -17,9 +17,11 @@ struct PrefillShape {
   constexpr int shared_memory() const { return 2 * dim * (rows() + 4 * keys) + 96 + kPrefillWorkBytes; }
 };
 
-// Of one width, in order of preference: narrow ones waste less where a mask cuts blocks.
-constexpr int kPrefillShapeCount = 3;
-constexpr PrefillShape kPrefillShapes[kPrefillShapeCount] = {{64, 128, 3}, {128, 128, 2}, {128, 176, 2}};
+// By width; a head_dim between two takes the wider one. Of one width short blocks come first: they waste less where a
+// mask cuts them.
+constexpr int kPrefillShapeCount = 5;
+constexpr PrefillShape kPrefillShapes[kPrefillShapeCount] = {
+    {64, 128, 3}, {96, 96, 3}, {128, 128, 2}, {128, 176, 2}, {256, 80, 2}};
 
 struct PrefillPlan {
   int shape;          // index into kPrefillShapes

@@ -29,16 +29,16 @@ gqa_status launch_instance(const gqa_attention_params &p, const PrefillPlan &pre
 
   const int64_t outer = paged ? p.num_pages : (packed ? 1 : p.batch);
   const int64_t tokens = paged ? p.page_size : (packed ? p.total_k : (cached ? p.cache_capacity : p.seqlen_k));
-  const TokenTensor queries{p.q,     p.dtype,   ragged ? 1 : p.batch, ragged ? p.total_q : p.seqlen_q, p.num_q_heads,
-                            kIs.dim, p.q_stride};
-  const TokenTensor keys{a.k, p.dtype, outer, tokens, p.num_kv_heads, kIs.dim, a.k_stride};
-  const TokenTensor values{a.v, p.dtype, outer, tokens, p.num_kv_heads, kIs.dim, a.v_stride};
+  const TokenTensor queries{p.q,        p.dtype,   ragged ? 1 : p.batch, ragged ? p.total_q : p.seqlen_q, p.num_q_heads,
+                            p.head_dim, p.q_stride};
+  const TokenTensor keys{a.k, p.dtype, outer, tokens, p.num_kv_heads, p.head_dim, a.k_stride};
+  const TokenTensor values{a.v, p.dtype, outer, tokens, p.num_kv_heads, p.head_dim, a.v_stride};
   const uint32_t rows = paged ? prefill.page_rows : Tile::kKeys;
   CUtensorMap q, k, v;
-  GQA_RETURN_IF_ERROR(encode_tiles(queries, {Tile::kRows}, &q));
+  GQA_RETURN_IF_ERROR(encode_panels(queries, {Tile::kRows, Tile::kPanel}, &q));
   // Keys of a page that does not exist are NaN, and so is who attends to them.
-  GQA_RETURN_IF_ERROR(encode_tiles(keys, {rows, paged, paged}, &k));
-  GQA_RETURN_IF_ERROR(encode_tiles(values, {rows, paged, false}, &v));
+  GQA_RETURN_IF_ERROR(encode_panels(keys, {rows, Tile::kPanel, paged}, &k));
+  GQA_RETURN_IF_ERROR(encode_panels(values, {rows, Tile::kPanel}, &v));
 
   const auto limited = [](int64_t window) { return window < 0 || window > kUnlimited ? kUnlimited : window; };
   a.window_left = static_cast<int32_t>(limited(p.window_left));

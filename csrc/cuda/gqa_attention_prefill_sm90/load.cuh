@@ -7,14 +7,26 @@
 
 namespace gqa::cuda::prefill_sm90 {
 
-// A block of keys or values. Pages are copied panel by panel, so that panels of all of them are side by side. A page
-// that does not exist is read as one outside of the tensor; keys past the end have none.
+// Starts the copy of a tile's panels. Columns past the tensor's become zeros.
+template <typename Tile>
+__device__ __forceinline__ void copy_panels(const CUtensorMap &map, uint32_t to, uint32_t panel_bytes, uint32_t full,
+                                            int token, int head, int batch) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    copy_panel(to + panel * panel_bytes, map, full, panel * Tile::kPanel, token, head, batch);
+  }
+}
+
+// A block of keys or values. A page that does not exist is read as one outside of the tensor; keys past the end have
+// none.
 template <typename Tile>
 __device__ __forceinline__ void copy_block(const PrefillArgs &a, const PrefillWork &work, const CUtensorMap &map,
                                            uint32_t to, uint32_t full, int block) {
   const int kv_head = work.head / a.group, first = block * Tile::kKeys;
   mbarrier_arrive_expect(full, Tile::kBlockBytes);
-  if (a.page_rows == 0) return copy_tile(to, map, full, work.k_start + first, kv_head, work.k_batch);
+  if (a.page_rows == 0) {
+    return copy_panels<Tile>(map, to, Tile::kKeyPanel, full, work.k_start + first, kv_head, work.k_batch);
+  }
   const int pages = static_cast<int>(a.p.num_pages), page_size = static_cast<int>(a.p.page_size);
 #pragma unroll 1
   for (int row = 0; row < Tile::kKeys; row += a.page_rows) {
@@ -24,10 +36,7 @@ __device__ __forceinline__ void copy_block(const PrefillArgs &a, const PrefillWo
       const int64_t wanted = load_index(a.p.block_table, work.batch, key / page_size);
       if (wanted >= 0 && wanted < pages) page = static_cast<int>(wanted);
     }
-#pragma unroll
-    for (int panel = 0; panel < Tile::kDim / 64; ++panel) {
-      copy_tile(to + panel * Tile::kKeyPanel + row * 128, map, full, key % page_size, kv_head, page, panel);
-    }
+    copy_panels<Tile>(map, to + row * Tile::kSwizzle, Tile::kKeyPanel, full, key % page_size, kv_head, page);
   }
 }
 
@@ -63,7 +72,8 @@ __device__ __forceinline__ void load_tiles(const PrefillArgs &a, const CUtensorM
       value_at.advance();
     };
     mbarrier_arrive_expect(barriers.query_full(), Tile::kQueryBytes);
-    copy_tile(memory, q, barriers.query_full(), work.q_start + work.row0, work.head, work.q_batch);
+    copy_panels<Tile>(q, memory, Tile::kQueryPanel, barriers.query_full(), work.q_start + work.row0, work.head,
+                      work.q_batch);
     load_keys(work.end_block - 1);
     for (int block = work.end_block - 2; block >= work.first_block; --block) {
       load_keys(block);

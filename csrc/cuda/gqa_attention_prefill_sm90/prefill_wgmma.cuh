@@ -2,8 +2,8 @@
 // A block walks over tiles of kRows queries of one head; each computing warpgroup has 64 of the rows, and scores,
 // weights and sums of values in registers. Turns: while one warpgroup is in its softmax the other one's products run.
 // Memory order: q and the last block of keys, then keys one block ahead of values, from the last block to the first.
-// Limits: 16-bit types, head_dim the tile's, 16-byte aligned rows, lengths below 2^30, scale > 0. Determinism: fixed
-// order, no atomics; a row's bytes depend on its own keys and its place in the tile alone.
+// Limits: 16-bit types, head_dim at most the tile's, 16-byte aligned rows, lengths below 2^30, scale > 0. Determinism:
+// fixed order, no atomics; a row's bytes depend on its own keys and its place in the tile alone.
 #pragma once
 
 #include "cuda/common/wgmma.cuh"
@@ -51,9 +51,9 @@ struct PrefillRows {
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
-      const uint32_t panel = step / 4, inside = step % 4 * 2;
-      Wgmma<T, kKeys>::score(scores, q + panel * (Tile::kQueryPanel / 16) + inside,
-                             k + panel * (Tile::kKeyPanel / 16) + inside, step > 0);
+      const uint32_t panel = 16 * step / Tile::kPanel, inside = 16 * step % Tile::kPanel / 8;
+      Wgmma<T, kKeys>::template score<Tile::kSwizzle>(scores, q + panel * (Tile::kQueryPanel / 16) + inside,
+                                                      k + panel * (Tile::kKeyPanel / 16) + inside, step > 0);
     }
     wgmma_commit();
     k = keys_turn - k;
@@ -68,7 +68,7 @@ struct PrefillRows {
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       if (step == kKeys / 16 - Tile::kEarly) pass();
-      Wgmma<T, kDim>::weigh(out, weights + 4 * step, v + step * (16 * 128 / 16));
+      Wgmma<T, kDim>::template weigh<Tile::kSwizzle>(out, weights + 4 * step, v + step * Tile::kSwizzle);
     }
     if (Tile::kEarly == 0) pass();
     wgmma_commit();
@@ -92,12 +92,14 @@ struct PrefillRows {
       const T *k = key_row<T>(a, work, a.k, a.k_stride, block * kKeys + 8 * n + lane / 4) + column;
       float four[4] = {0, 0, 0, 0};
 #pragma unroll 1
-      for (int d = 0; d < kDim; d += 16) {
+      for (int d = 0; d < p.head_dim; d += 16) {
         // Not kept in registers, which are short.
         const int last = work.queries - 1, row = first_row(work, afresh(threadIdx.x));
         const T *lower = q + d + (min(row + 8, last) - min(row, last)) * p.q_stride[1];
-        const uint32_t x[4] = {pair(q + d), pair(lower), pair(q + d + 8), pair(lower + 8)};
-        multiply_add<T>(four, x, pair(k + d), pair(k + d + 8));
+        const bool both = d + 8 < p.head_dim;
+        const auto second = [&](const T *at) { return both ? pair(at + 8) : 0u; };
+        const uint32_t x[4] = {pair(q + d), pair(lower), second(q + d), second(lower)};
+        multiply_add<T>(four, x, pair(k + d), second(k + d));
       }
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) scores[i] = i / 4 == n ? four[i % 4] : scores[i];
@@ -133,6 +135,7 @@ struct PrefillRows {
         const T *from = key_row<T>(a, work, a.v, a.v_stride, key) + 2 * corner;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
+          if (8 * n >= a.p.head_dim) break;
           const float2 pair = unpack<T>(*reinterpret_cast<const uint32_t *>(from + 8 * n));
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -175,7 +178,9 @@ struct PrefillRows {
         trade<1>(x[2], x[3], odd);
         trade<2>(x[0], x[2], upper);
         trade<2>(x[1], x[3], upper);
-        if (row < work.queries) *reinterpret_cast<uint4 *>(to + 8 * n) = make_uint4(x[0], x[1], x[2], x[3]);
+        if (row < work.queries && 8 * (n + corner) < p.head_dim) {
+          *reinterpret_cast<uint4 *>(to + 8 * n) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
       }
       if (p.lse != nullptr && corner == 0 && row < work.queries) {
         p.lse[lse_at(p, work, row)] = empty ? -INFINITY : base * kLn2 + logf(sum);
@@ -216,7 +221,7 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs &a, const PrefillWor
     for (int row = first + warp; row < min(first + Tile::kRows, work.queries); row += 4 * Tile::kGroups) {
       T *out = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + row) * p.out_stride[1] +
                work.head * p.out_stride[2];
-      for (int d = lane; d < Tile::kDim; d += 32) out[d] = from_float<T>(zeros ? 0.0f : nan);
+      for (int d = lane; d < p.head_dim; d += 32) out[d] = from_float<T>(zeros ? 0.0f : nan);
       if (lane == 0 && p.lse != nullptr) p.lse[lse_at(p, work, row)] = zeros ? -INFINITY : nan;
     }
   }
@@ -233,7 +238,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
     if (lane == 0) mbarrier_arrive(barrier);
   };
   PrefillRows<T, Tile> rows;
-  rows.q = tile_descriptor(memory + group * 64 * 128, 16);
+  rows.q = tile_descriptor(memory + group * 64 * Tile::kSwizzle, 16);
   rows.k = tile_descriptor(memory + Tile::kKeysAt, 16);
   rows.v = tile_descriptor(memory + Tile::kValuesAt, Tile::kKeyPanel);
   rows.keys_turn = 2 * rows.k + Tile::kBlockBytes / 16;

@@ -16,12 +16,15 @@ struct PrefillTile {
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kLoaderRegisters = kGroups == 2 ? 24 : 32, kRegisters = kGroups == 2 ? 240 : 160;
   static constexpr uint32_t kQueryBytes = 2 * kRows * kDim, kBlockBytes = 2 * kKeys * kDim;
-  static constexpr uint32_t kQueryPanel = 128 * kRows, kKeyPanel = 128 * kKeys;
+  static constexpr int kPanel = kDim % 64 == 0 ? 64 : 32;  // columns of a panel, whose rows are swizzled
+  static constexpr int kPanels = kDim / kPanel, kSwizzle = 2 * kPanel;
+  static constexpr uint32_t kQueryPanel = kSwizzle * kRows, kKeyPanel = kSwizzle * kKeys;
   static constexpr uint32_t kKeysAt = kQueryBytes, kValuesAt = kKeysAt + kStages * kBlockBytes;
   static constexpr uint32_t kBarriersAt = kValuesAt + kStages * kBlockBytes;
   static constexpr uint32_t kWorkAt = kBarriersAt + 8 * (2 + 5 * kStages);
   static constexpr int kSharedMemory = kWorkAt + kPrefillWorkBytes;
-  static_assert(kQueryBytes % 1024 == 0 && kKeyPanel % 1024 == 0, "the swizzle repeats every 1024 bytes");
+  static_assert(kQueryBytes % 1024 == 0 && kBlockBytes % 1024 == 0 && kKeyPanel % (8 * kSwizzle) == 0,
+                "the swizzle repeats every 8 rows");
 };
 
 struct PrefillArgs {
