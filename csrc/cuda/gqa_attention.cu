@@ -1,9 +1,9 @@
 // gqa_attention_prefill and gqa_attention_decode: new keys first, then attention, then the parts joined.
-// Launches: decode_ring or prefill_wgmma alone where the plan says so; else append_chunks (new k and v to the cache) or
-// rotate_chunks (new k, rotated, to the workspace); attend, or for float32 attend_float32, one warp per row with lanes
-// over the head's elements; combine_splits, one warp per row. Memory order of the float32 kernel: the row's keys and
-// values in order, each once; of combine_splits: the sums, then the partial rows in order. Limits: as in
-// gqa_attention/attend.cuh; float32 does not split the keys. Determinism: fixed order, no atomics.
+// Launches: decode_ring alone where the plan says so; else append_chunks (new k and v to the cache) or rotate_chunks
+// (new k, rotated, to the workspace); prefill_wgmma where the plan says so; else attend, or for float32 attend_float32,
+// one warp per row with lanes over the head's elements; combine_splits, one warp per row. Memory order of the float32
+// kernel: the row's keys and values in order, each once; of combine_splits: the sums, then the partial rows in order.
+// Limits: as in gqa_attention/attend.cuh; float32 does not split the keys. Determinism: fixed order, no atomics.
 #include <algorithm>
 
 #include "cuda/common/kv_cache_append.cuh"
@@ -276,13 +276,13 @@ gqa_status run(AttentionOp op, const gqa_attention_params *p, cudaStream_t strea
     if (p->workspace == nullptr || p->workspace_size < plan.plan.workspace_size) return GQA_STATUS_WORKSPACE_TOO_SMALL;
     if (!is_aligned16(p->workspace)) return GQA_STATUS_INVALID_ARGUMENT;
   }
-  if (plan.wgmma) return prefill_sm90::launch_prefill(*p, plan.prefill, plan.plan.launches[0], stream);
   if (plan.clusters) return decode_sm90::launch_decode(*p, plan.decode, plan.plan.launches[0], stream);
   const gqa_launch *next = plan.plan.launches, *end = next + plan.plan.num_launches;
   if (plan.appends || plan.rotates) {
     GQA_RETURN_IF_ERROR(launch_append(plan.appends ? append_params(*p) : rotate_params(*p), *next++, stream));
   }
   if (next == end) return GQA_STATUS_OK;
+  if (plan.wgmma) return prefill_sm90::launch_prefill(*p, plan.prefill, *next, stream);
   const AttentionArgs args = make_args(*p, plan);
   if (p->dtype == GQA_DTYPE_FLOAT32) return launch(attend_float32, *next, stream, args);
   return dispatch_float(p->dtype, [&](auto tag) {

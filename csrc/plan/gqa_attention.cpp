@@ -165,6 +165,25 @@ void plan_splits(const gqa_attention_params *p, const gqa_device &device, Attent
   plan->divisor = plan->num_splits;
 }
 
+// The launch that comes first where there are new keys to rotate or to put into the cache.
+gqa_status plan_new_keys(const char *name, const gqa_attention_params *p, AttentionPlan *plan) {
+  // An append with a place to go to; rotation without a cache takes a detour through the workspace.
+  const bool new_keys = p->k != nullptr && key_tokens(p) > 0;
+  const bool room = p->cache_capacity > 0 && (p->block_table.data == nullptr || p->num_pages > 0);
+  plan->appends = new_keys && p->k_cache != nullptr && room;
+  plan->rotates = new_keys && p->k_cache == nullptr && p->rotary.cos != nullptr;
+  if (plan->appends || plan->rotates) {
+    const int64_t tokens = p->batch * (is_ragged(p) && p->k_cache != nullptr ? p->seqlen_q : p->seqlen_k);
+    const int64_t blocks = ceil_div<int64_t>(tokens * p->num_kv_heads * (p->head_dim / 8), 256);
+    if (blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+    const char *kernel = plan->appends ? "append_chunks" : "rotate_chunks";
+    if (blocks > 0) add_launch(&plan->plan, make_launch(name, kernel, p->dtype, {blocks}, {256}));
+    plan->appends = plan->appends && blocks > 0;
+    plan->rotates = plan->rotates && blocks > 0;
+  }
+  return GQA_STATUS_OK;
+}
+
 gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gqa_device &device, AttentionPlan *plan) {
   const char *name = op == AttentionOp::kDecode ? "gqa_attention_decode" : "gqa_attention_prefill";
   const int64_t group = p->num_q_heads / p->num_kv_heads;
@@ -179,6 +198,8 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   const char *refusal = decodes ? refuse_decode_sm90(p, &device) : refuse_prefill_sm90(p, &device);
   if (refusal == nullptr && !decodes) {
     plan->wgmma = true;
+    GQA_RETURN_IF_ERROR(plan_new_keys(name, p, plan));
+    if (query_tokens(p) == 0) return GQA_STATUS_OK;
     plan->prefill = plan_prefill_sm90(p, &device);
     const PrefillShape &tile = kPrefillShapes[plan->prefill.shape];
     add_launch(&plan->plan, make_launch(name, "prefill_wgmma", p->dtype, {plan->prefill.blocks}, {tile.threads()},
@@ -213,20 +234,7 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
     plan->plan.reason = "float32 runs on the CUDA cores, one warp per row";
   }
 
-  // An append with a place to go to; rotation without a cache takes a detour through the workspace.
-  const bool new_keys = p->k != nullptr && key_tokens(p) > 0;
-  const bool room = p->cache_capacity > 0 && (p->block_table.data == nullptr || p->num_pages > 0);
-  plan->appends = new_keys && p->k_cache != nullptr && room;
-  plan->rotates = new_keys && p->k_cache == nullptr && p->rotary.cos != nullptr;
-  if (plan->appends || plan->rotates) {
-    const int64_t tokens = p->batch * (is_ragged(p) && p->k_cache != nullptr ? p->seqlen_q : p->seqlen_k);
-    const int64_t blocks = ceil_div<int64_t>(tokens * p->num_kv_heads * (p->head_dim / 8), 256);
-    if (blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-    const char *kernel = plan->appends ? "append_chunks" : "rotate_chunks";
-    if (blocks > 0) add_launch(&plan->plan, make_launch(name, kernel, p->dtype, {blocks}, {256}));
-    plan->appends = plan->appends && blocks > 0;
-    plan->rotates = plan->rotates && blocks > 0;
-  }
+  GQA_RETURN_IF_ERROR(plan_new_keys(name, p, plan));
   if (query_tokens(p) == 0) return GQA_STATUS_OK;
 
   const int64_t blocks = (p->batch + is_ragged(p)) * plan->row_blocks * plan->num_splits * p->num_kv_heads;
