@@ -24,7 +24,8 @@ from gqa_kernels.explain import OPS
 every_op = pytest.mark.parametrize("op", OPS)
 WRITTEN = {"rope_": (0, 1), "kv_cache_append": (2, 3), "gqa_attention_decode": (1, 2), "gqa_attention_prefill": (3, 4)}
 # What a call may allocate: its outputs, and the workspace of attention.
-ALLOCATIONS = {"rope_": 0, "kv_cache_append": 0, "rope": 2, "qk_rmsnorm_rope": 2, "add_rmsnorm": 2, "merge_attention_states": 2, "sample": 3}
+ALLOCATIONS = {"rope_": 0, "kv_cache_append": 0, "rope": 2, "add_rmsnorm": 2, "merge_attention_states": 2, "sample": 3}
+ALLOCATIONS |= {"qk_rmsnorm_rope": 2}
 ALLOCATIONS |= {"gqa_attention_decode": 3, "gqa_attention_prefill": 3}
 
 
