@@ -87,6 +87,8 @@ def examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "4 parts, 32 D128 B16", "merge_attention_states", (parts, lses), {}
     yield "32:8 D128, 4096 tokens", "rope", (prompt, keys, cos, cos), {}
     yield "32:8 D128, 4096 tokens", "rope_", (prompt, keys, cos, cos), {}
+    scale = tensor(128)
+    yield "32:8 D128, 4096 tokens", "qk_rmsnorm_rope", (prompt, keys, scale, scale, cos, cos), {}
     yield "16 x 4096", "rmsnorm", (hidden, tensor(4096)), {}
     yield "16 x 4096", "add_rmsnorm", (hidden, hidden, tensor(4096)), {}
     yield "16 x 4096", "residual_add", (hidden, hidden), {}

@@ -17,6 +17,7 @@ OPS = (
     "gqa_attention_prefill",
     "kv_cache_append",
     "merge_attention_states",
+    "qk_rmsnorm_rope",
     "residual_add",
     "rmsnorm",
     "rope",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -264,3 +265,40 @@ def test_sample_adjusts_logits_in_the_portable_kernel() -> None:
 @pytest.mark.usefixtures("portable")
 def test_the_portable_sampler_can_be_asked_for() -> None:
     assert plan_for(H200, "sample", torch.zeros(4, 1000))["launches"][0]["kernel"] == "sample_row"
+
+
+def test_norms_hold_their_rows() -> None:
+    """A row's vectors fit its threads' registers, 4 each, or registers and shared memory together, up to 65536 wide."""
+    for op, dtype, rows, hidden in itertools.product(
+        ("rmsnorm", "add_rmsnorm"),
+        (torch.float32, torch.bfloat16),
+        (1, 5000),
+        (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536),
+    ):
+        x = torch.zeros(1, 1, dtype=dtype).expand(rows, hidden)
+        weight = torch.zeros(hidden, dtype=dtype)
+        plan = plan_for(H200, op, *[x] * (2 if op == "add_rmsnorm" else 1), weight)
+        (launch,) = plan["launches"]
+        threads, rows_a_block, _ = launch["block"]
+        vectors = -(-hidden * x.itemsize // 16)
+        assert launch["kernel"] == ("norm_narrow_rows" if vectors <= 32 else "norm_rows")
+        assert launch["grid"][0] * rows_a_block >= rows and threads * rows_a_block <= 1024
+        assert (threads * rows_a_block) % 32 == 0
+        held = 1 if vectors <= 32 else 4
+        beyond = max(0, vectors - held * threads) * 16
+        assert launch["shared_memory"] >= (beyond if beyond < 90000 else 0) and launch["shared_memory"] <= 96 * 1024
+
+
+def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
+    def kernel(head_dim: int, pairs: int, dtype: torch.dtype = torch.bfloat16, interleaved: bool = False) -> str:
+        q, weight, cos = wide(9, 1, 4, head_dim, dtype=dtype), torch.zeros(head_dim), torch.zeros(9, pairs)
+        plan = plan_for(H200, "qk_rmsnorm_rope", q, q, weight, weight, cos, cos, interleaved=interleaved)
+        (launch,) = plan["launches"]
+        assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 320
+        return str(launch["kernel"])
+
+    vector, scalar = "qk_rmsnorm_rope_vector", "qk_rmsnorm_rope_scalar"
+    assert {kernel(d, d // 2) for d in (16, 64, 80, 96, 128, 256)} == {vector}
+    assert kernel(128, 32) == kernel(96, 32) == kernel(128, 64, torch.float32) == vector
+    assert kernel(256, 128, torch.float32) == kernel(264, 132) == kernel(8, 4) == kernel(96, 36) == scalar
+    assert kernel(8, 4, interleaved=True) == kernel(96, 36, interleaved=True) == vector

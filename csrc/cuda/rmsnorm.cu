@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "cuda/common/norm_scale.cuh"
 #include "cuda/common/programmatic_launch.cuh"
 #include "cuda/common/square_sum.cuh"
 
@@ -43,87 +44,16 @@ struct Row {
       residual_out = row_at<T>(p.residual_out, p.residual_out_stride, outer, inner);
     }
   }
+
+  __device__ void have_ready_at(int first) const {
+    have_ready(x + first);
+    have_ready(out + first);
+    if constexpr (kAdds<Params>) {
+      have_ready(residual + first);
+      have_ready(residual_out + first);
+    }
+  }
 };
-
-// The vector at element `at`, moved kChunk elements at a time; what lies past the end of the row is zero.
-template <int kChunk, typename T>
-__device__ Vec<T> load(const T *row, int at, int hidden) {
-  if constexpr (kChunk == Vec<T>::kSize) {
-    return load_vec(row + at);
-  } else {
-    Vec<T> vec;
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kSize; i += kChunk) {
-      Run<T, kChunk> run{};
-      if (at + i < hidden) run = load_run<kChunk>(row + at + i);
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) vec.value[i + j] = run.value[j];
-    }
-    return vec;
-  }
-}
-
-template <int kChunk, typename T>
-__device__ void store(T *row, int at, int hidden, const Vec<T> &vec, bool past_cache) {
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; i += kChunk) {
-    Run<T, kChunk> run;
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) run.value[j] = vec.value[i + j];
-    if (kChunk == Vec<T>::kSize || at + i < hidden) store_run(row + at + i, run, past_cache);
-  }
-}
-
-// The weights of one vector of x, in their own dtype if it is x's, else as floats.
-template <typename T, typename W>
-using Weights = std::conditional_t<std::is_same_v<T, W>, Vec<T>, Floats<T>>;
-
-template <int kChunk, typename T, typename W>
-__device__ Weights<T, W> load_weights(const W *weight, int at, int hidden) {
-  if constexpr (std::is_same_v<T, W>) {
-    return load<kChunk>(weight, at, hidden);
-  } else {
-    constexpr int kStep = kChunk == 1 ? 1 : kChunk / 2;  // as many bytes as a chunk of x
-    Floats<T> floats;
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kSize; i += kStep) {
-      Run<W, kStep> run{};
-      if (at + i < hidden) run = load_run<kStep>(weight + at + i);
-#pragma unroll
-      for (int j = 0; j < kStep; ++j) floats.value[i + j] = run.value[j];
-    }
-    return floats;
-  }
-}
-
-template <typename T>
-__device__ Floats<T> as_floats(const Vec<T> &weights) {
-  return widen(weights);
-}
-
-template <typename T>
-__device__ Floats<T> as_floats(const Floats<T> &weights) {
-  return weights;
-}
-
-// HuggingFace's rounding: the normalised value rounds to T before the weight, or only the product does.
-template <typename T, typename W, typename Params>
-__device__ Vec<T> scaled(const Vec<T> &x, const Weights<T, W> &weights, float rstd, const Params &p) {
-  Floats<T> value = widen(x);
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) value.value[i] *= rstd;
-  if (sizeof(T) == 2 && p.cast_before_weight) {
-    const Vec<T> rounded = narrow(value);
-    if constexpr (sizeof(T) == 2 && std::is_same_v<T, W>) {
-      if (p.weight_offset == 0) return multiply(rounded, weights);
-    }
-    value = widen(rounded);
-  }
-  const Floats<T> factor = as_floats(weights);
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) value.value[i] *= factor.value[i] + p.weight_offset;
-  return narrow(value);
-}
 
 template <typename T>
 __device__ Vec<T> sum(const Vec<T> &a, const Vec<T> &b) {
@@ -139,13 +69,13 @@ template <int kChunk, int kCount, typename T, typename W, typename Params>
 __device__ void load_inputs(const Row<T, W, Params> &row, int first, int step, bool past_cache, Vec<T> *vecs) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (first + i * step < row.hidden) vecs[i] = load<kChunk>(row.x, first + i * step, row.hidden);
+    if (first + i * step < row.hidden) vecs[i] = load<kChunk, true>(row.x, first + i * step, row.hidden);
   }
   if constexpr (kAdds<Params>) {
     Vec<T> residual[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (first + i * step < row.hidden) residual[i] = load<kChunk>(row.residual, first + i * step, row.hidden);
+      if (first + i * step < row.hidden) residual[i] = load<kChunk, true>(row.residual, first + i * step, row.hidden);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -163,21 +93,29 @@ __global__ void __launch_bounds__(512, 2)
   launch_dependents();
   const Row<T, W, Params> row(p, blockIdx.x * blockDim.y + threadIdx.y);
   const int at = threadIdx.x * Vec<T>::kSize;
+  row.have_ready_at(at);
   wait_for_prerequisites();
   Vec<T> x;
   load_inputs<kChunk, 1>(row, at, 0, past_cache, &x);
   Weights<T, W> weights;
   if (at < row.hidden) weights = load_weights<kChunk, T>(row.weight, at, row.hidden);
   const float total = group_sum(at < row.hidden ? square_sum(x) : 0.0f, blockDim.x);
-  const float rstd = rsqrtf(total * inverse_hidden + p.eps);
+  const float rstd = reciprocal_rms(total, inverse_hidden, p.eps);
   if (at < row.hidden) store<kChunk>(row.out, at, row.hidden, scaled<T, W>(x, weights, rstd, p), past_cache);
+}
+
+// Blocks per SM that registers are to allow; what moves or converts more for each vector gets more of them.
+template <int kChunk, int kHeld, typename T, typename W>
+constexpr int least_blocks() {
+  constexpr bool kLean = kChunk == Vec<T>::kSize && std::is_same_v<T, W>;
+  return kHeld == 1 ? 3 : kHeld == 2 ? (kLean ? 5 : 4) : 1;
 }
 
 // Wider rows. What a row has beyond kHeld vectors a thread is kept in shared memory where `keeps`, else read again.
 template <int kChunk, int kHeld, typename T, typename W, typename Params>
-__global__ void __launch_bounds__(kHeld > 2 && kChunk == Vec<T>::kSize ? 1024 : 512, kHeld > 2 ? 1 : 2)
+__global__ void __launch_bounds__(most_threads(kHeld, kChunk == Vec<T>::kSize), least_blocks<kChunk, kHeld, T, W>())
     norm_rows(const __grid_constant__ Params p, float inverse_hidden, bool few_rows, bool past_cache, bool keeps) {
-  constexpr bool kWeightsAhead = kHeld == 1;
+  constexpr bool kWeightsAhead = kHeld != kMostHeld;
   extern __shared__ __align__(16) float sums[];
   launch_dependents();
   const Row<T, W, Params> row(p, blockIdx.x * blockDim.y + threadIdx.y);
@@ -186,11 +124,16 @@ __global__ void __launch_bounds__(kHeld > 2 && kChunk == Vec<T>::kSize ? 1024 : 
 #pragma unroll 1
     for (int at = first; at < row.hidden; at += step) prefetch_l2(row.weight + at);
   }
+  if (kHeld != kMostHeld) row.have_ready_at(first);
   wait_for_prerequisites();
   Vec<T> held[kHeld];
   load_inputs<kChunk, kHeld>(row, first, step, past_cache, held);
-  Weights<T, W> ahead;
-  if (kWeightsAhead && first < row.hidden) ahead = load_weights<kChunk, T>(row.weight, first, row.hidden);
+  Weights<T, W> ahead[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = first + i * step;
+    if (kWeightsAhead && at < row.hidden) ahead[i] = load_weights<kChunk, T>(row.weight, at, row.hidden);
+  }
   const int warps = blockDim.x / 32, groups = group_sums((static_cast<int>(p.hidden) - 1) / Vec<T>::kSize + 1);
   float *mine = sums + threadIdx.y * groups + threadIdx.x / 32;
   const bool leader = threadIdx.x % 32 == 0;
@@ -221,12 +164,12 @@ __global__ void __launch_bounds__(kHeld > 2 && kChunk == Vec<T>::kSize ? 1024 : 
     if (leader) mine[rounds * warps] = 0;
   }
   __syncthreads();
-  const float rstd = rsqrtf(sum_of_groups(sums + threadIdx.y * groups, groups) * inverse_hidden + p.eps);
+  const float rstd = reciprocal_rms(sum_of_groups(sums + threadIdx.y * groups, groups), inverse_hidden, p.eps);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int at = first + i * step;
     if (at >= row.hidden) continue;
-    const Weights<T, W> weights = kWeightsAhead ? ahead : load_weights<kChunk, T>(row.weight, at, row.hidden);
+    const Weights<T, W> weights = kWeightsAhead ? ahead[i] : load_weights<kChunk, T>(row.weight, at, row.hidden);
     store<kChunk>(row.out, at, row.hidden, scaled<T, W>(held[i], weights, rstd, p), past_cache);
   }
   if constexpr (kHeld == kMostHeld) {
@@ -247,9 +190,8 @@ gqa_status launch_rows(const Params &p, const gqa_launch &plan, cudaStream_t str
   if (v.held == 0) {
     return launch_programmatic(norm_narrow_rows<kChunk, T, W, Params>, plan, stream, p, inverse_hidden, v.past_cache);
   }
-  auto *kernel = v.held == 1   ? norm_rows<kChunk, 1, T, W, Params>
-                 : v.held == 2 ? norm_rows<kChunk, 2, T, W, Params>
-                               : norm_rows<kChunk, kMostHeld, T, W, Params>;
+  auto *kernel = v.held == kMostHeld ? norm_rows<kChunk, kMostHeld, T, W, Params>
+                                     : norm_rows<kChunk, light_held<Params>(), T, W, Params>;
   return launch_programmatic(kernel, plan, stream, p, inverse_hidden, v.few_rows, v.past_cache, v.keeps);
 }
 

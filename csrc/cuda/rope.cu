@@ -83,31 +83,35 @@ __device__ Head<T> head_at(const gqa_rope_params &p, int64_t b, int64_t s, int64
 }
 
 template <typename T, typename C, int N, bool kInterleaved>
-__global__ void __launch_bounds__(320, 4) rope_kernel(const __grid_constant__ gqa_rope_params p, bool past_cache) {
+__global__ void __launch_bounds__(320, 4)
+    rope_kernel(const __grid_constant__ gqa_rope_params p, bool few_tokens, bool past_cache) {
   launch_dependents();
   const uint32_t seqlen = static_cast<uint32_t>(p.seqlen);  // the plan keeps the number of tokens below 2^31
   const uint32_t token = blockIdx.x * blockDim.z + threadIdx.z;
   const uint32_t b = token < seqlen ? 0 : token / seqlen, s = token - b * seqlen;
-  const int half = p.rotary.dim / 2;
+  const int half = p.rotary.dim / 2, heads = p.num_q_heads + (p.k != nullptr ? p.num_kv_heads : 0);
   int pair = threadIdx.x * N;
-  const bool inside = b < p.batch;
+  const bool inside = b < p.batch, has_positions = p.rotary.positions.data != nullptr;
   // Positions may be the kernel before's to write; without them the angles' place is known.
-  const int64_t known = p.rotary.positions.data == nullptr && inside ? rotary_offset(p.rotary, b, s, s) : -1;
-  if (known >= 0) {
-    prefetch_l2(static_cast<const C *>(p.rotary.cos) + known + pair);
-    prefetch_l2(static_cast<const C *>(p.rotary.sin) + known + pair);
+  int64_t offset = inside && !has_positions ? rotary_offset(p.rotary, b, s, s) : -1;
+  if (few_tokens && offset >= 0) {
+    prefetch_l2(static_cast<const C *>(p.rotary.cos) + offset + pair);
+    prefetch_l2(static_cast<const C *>(p.rotary.sin) + offset + pair);
   }
+  int head = threadIdx.y;
+  Head<T> at = head_at<T>(p, b, s, head);
+  have_ready(at.in);
+  have_ready(at.out);
+  have_ready(offset);
   wait_for_prerequisites();
   if (!inside) return;
-  const int heads = p.num_q_heads + (p.k != nullptr ? p.num_kv_heads : 0);
-  const int64_t offset = rotary_offset(p.rotary, b, s, s);
+  if (has_positions) offset = rotary_offset(p.rotary, b, s, s);
 #pragma unroll 1
   for (; pair < half; pair += blockDim.x * N) {
-#pragma unroll 1
-    for (int head = threadIdx.y; head < heads; head += blockDim.y) {
+    while (head < heads) {
       Unit<T, N, kInterleaved> unit;
       if (offset >= 0) {
-        unit.load(head_at<T>(p, b, s, head).in, pair, half);
+        unit.load(at.in, pair, half);
         float cosine[N], sine[N];
         load_angles(static_cast<const C *>(p.rotary.cos) + offset + pair, cosine);
         load_angles(static_cast<const C *>(p.rotary.sin) + offset + pair, sine);
@@ -115,8 +119,12 @@ __global__ void __launch_bounds__(320, 4) rope_kernel(const __grid_constant__ gq
       } else {
         unit.fill(from_float<T>(__int_as_float(0x7fc00000)));
       }
-      unit.store(head_at<T>(p, b, s, head).out, pair, half, past_cache);
+      unit.store(at.out, pair, half, past_cache);
+      head += blockDim.y;
+      if (head < heads) at = head_at<T>(p, b, s, head);
     }
+    head = threadIdx.y;
+    at = head_at<T>(p, b, s, head);
   }
   if (p.rotary.dim == p.head_dim) return;
   for (int head = threadIdx.y; head < heads; head += blockDim.y) {
@@ -135,7 +143,8 @@ gqa_status run(const gqa_rope_params *p, const gqa_launch &plan, cudaStream_t st
   auto *vector = interleaved ? rope_kernel<T, C, kVector, true> : rope_kernel<T, C, kVector, false>;
   auto *scalar = interleaved ? rope_kernel<T, C, 1, true> : rope_kernel<T, C, 1, false>;
   const RopeVariant variant = RopeVariant::decode(plan.variant);
-  return launch_programmatic(variant.vectors ? vector : scalar, plan, stream, *p, variant.past_cache);
+  return launch_programmatic(variant.vectors ? vector : scalar, plan, stream, *p, variant.few_tokens,
+                             variant.past_cache);
 }
 
 }  // namespace

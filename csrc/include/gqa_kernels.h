@@ -216,6 +216,33 @@ typedef struct gqa_rope_params {
   gqa_rotary rotary;
 } gqa_rope_params;
 
+/* Each head of q and k normalised over D by its weight, then rotated: rope(rmsnorm(q), rmsnorm(k)) to the bit. In place
+ * and positions as in gqa_rope_params. */
+typedef struct gqa_qk_rmsnorm_rope_params {
+  uint32_t struct_size;
+  int32_t dtype;
+  int32_t weight_dtype; /* of both weights: float32 or dtype */
+  const void *q;        /* [B, S, Hq, D] */
+  const void *k;        /* [B, S, Hkv, D] */
+  const void *q_weight; /* [D] */
+  const void *k_weight; /* [D] */
+  void *q_out;
+  void *k_out;
+  int64_t batch;
+  int64_t seqlen;
+  int32_t num_q_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int64_t q_stride[3]; /* batch, token, head */
+  int64_t k_stride[3];
+  int64_t q_out_stride[3];
+  int64_t k_out_stride[3];
+  gqa_rotary rotary;
+  float eps;
+  float weight_offset;
+  int32_t cast_before_weight;
+} gqa_qk_rmsnorm_rope_params;
+
 /* ------------------------------------------------------------------------------------------ attention -- */
 
 /* Writes k (rotated if asked) and v at rows cache_seqlens[b] ... of each sequence's cache. */
@@ -382,6 +409,7 @@ GQA_DECLARE_OP(residual_add, gqa_residual_add_params);
 GQA_DECLARE_OP(swiglu, gqa_swiglu_params);
 GQA_DECLARE_OP(swiglu_ffn, gqa_swiglu_ffn_params);
 GQA_DECLARE_OP(rope, gqa_rope_params);
+GQA_DECLARE_OP(qk_rmsnorm_rope, gqa_qk_rmsnorm_rope_params);
 GQA_DECLARE_OP(kv_cache_append, gqa_kv_cache_append_params);
 GQA_DECLARE_OP(attention_prefill, gqa_attention_prefill_params);
 GQA_DECLARE_OP(attention_decode, gqa_attention_decode_params);

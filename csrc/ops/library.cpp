@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, "
       "bool interleaved=False) -> ()");
   m.def(
+      "qk_rmsnorm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, *, "
+      "float eps=1e-06, Tensor? position_ids=None, bool interleaved=False, float weight_offset=0.0, "
+      "bool cast_before_weight=True) -> (Tensor, Tensor)");
+  m.def(
       "rmsnorm(Tensor x, Tensor weight, float eps, *, float weight_offset=0.0, bool cast_before_weight=True) "
       "-> Tensor");
   m.def(

@@ -37,4 +37,11 @@ bool is_portable_asked_for();
 
 inline void add_launch(gqa_plan *plan, const gqa_launch &launch) { plan->launches[plan->num_launches++] = launch; }
 
+// Whether a tensor of these strides, in elements, is made of 16-byte vectors.
+inline bool has_aligned_rows(const void *data, const int64_t *stride, int count, int64_t element) {
+  bool all = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int i = 0; i < count; ++i) all = all && stride[i] * element % 16 == 0;
+  return all;
+}
+
 }  // namespace gqa

@@ -10,8 +10,10 @@ namespace {
 
 // Two rows an SM: from there on bytes in flight count for more than latency.
 constexpr int64_t kFewRowsLimit = 264;
-// Of a block; rows of many whole vectors take twice as many.
-constexpr int64_t kThreads = 512;
+// Threads that narrow rows share a block up to.
+constexpr int64_t kThreads = 256;
+// Up to this many vectors a row takes one or two a thread.
+constexpr int64_t kLightVectors = 512;
 // Shared memory that every GPU from sm_80 on has for a block.
 constexpr int64_t kMaxKept = 96 * 1024;
 
@@ -61,9 +63,9 @@ gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   const int64_t tensors = std::is_same_v<Params, gqa_add_rmsnorm_params> ? 4 : 2;
   const bool narrow = vectors <= 32;
   NormVariant variant{};
-  variant.held = narrow ? 0 : vectors <= kThreads ? 1 : vectors <= 2 * kThreads ? 2 : kMostHeld;
   variant.chunk = static_cast<int>(row_chunk(p, vector));
-  const int64_t most = variant.held == kMostHeld && variant.chunk == vector ? 2 * kThreads : kThreads;
+  variant.held = narrow ? 0 : vectors <= kLightVectors ? light_held<Params>() : kMostHeld;
+  const int64_t most = most_threads(variant.held, variant.chunk == vector);
   variant.few_rows = rows <= kFewRowsLimit;
   variant.past_cache = rows * p->hidden * element * tensors >= kPastCache;
   // x threads take a row: a power of two where they are less than a warp. Many narrow rows share a block.

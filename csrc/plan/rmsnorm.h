@@ -1,11 +1,23 @@
 #pragma once
 
+#include <type_traits>
+
 #include "gqa_kernels.h"
 
 namespace gqa {
 
-// Vectors of a row that a thread keeps in registers: 1, 2 or this many.
+// Vectors of a row that a thread keeps in registers: in wide rows this many, else one, or two where there is no
+// residual to load beside it.
 constexpr int kMostHeld = 4;
+
+template <typename Params>
+constexpr int light_held() {
+  return std::is_same_v<Params, gqa_add_rmsnorm_params> ? 1 : 2;
+}
+
+constexpr int most_threads(int held, bool whole_vectors) {
+  return held == 1 ? 512 : held == 2 ? 256 : whole_vectors ? 1024 : 512;
+}
 
 // Which instance of the kernels, as gqa_launch.variant holds it.
 struct NormVariant {

@@ -17,20 +17,16 @@ gqa_status check_rotary(const gqa_rotary &r, int32_t dtype, int32_t head_dim) {
   return is_index ? GQA_STATUS_OK : GQA_STATUS_UNSUPPORTED;
 }
 
-bool aligned(const void *pointer, const int64_t *stride, int count, int64_t element) {
-  bool all = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  for (int i = 0; i < count; ++i) all = all && stride[i] * element % 16 == 0;
-  return all;
-}
-
 // Whether every run of a head that a thread touches is made of whole, aligned 16-byte vectors.
 bool fits_vectors(const gqa_rope_params &p, int64_t vector) {
   const int64_t element = dtype_size(p.dtype), table_element = dtype_size(p.rotary.dtype);
   const int64_t table_stride[2] = {p.rotary.stride_batch, p.rotary.stride_row};
   return p.rotary.dim / 2 % vector == 0 && (p.head_dim - p.rotary.dim) % vector == 0 &&
-         aligned(p.q, p.q_stride, 3, element) && aligned(p.k, p.k_stride, 3, element) &&
-         aligned(p.q_out, p.q_out_stride, 3, element) && aligned(p.k_out, p.k_out_stride, 3, element) &&
-         aligned(p.rotary.cos, table_stride, 2, table_element) && aligned(p.rotary.sin, table_stride, 2, table_element);
+         has_aligned_rows(p.q, p.q_stride, 3, element) && has_aligned_rows(p.k, p.k_stride, 3, element) &&
+         has_aligned_rows(p.q_out, p.q_out_stride, 3, element) &&
+         has_aligned_rows(p.k_out, p.k_out_stride, 3, element) &&
+         has_aligned_rows(p.rotary.cos, table_stride, 2, table_element) &&
+         has_aligned_rows(p.rotary.sin, table_stride, 2, table_element);
 }
 
 }  // namespace
@@ -68,7 +64,7 @@ gqa_status gqa_rope_plan(const gqa_rope_params *p, const gqa_device *, gqa_plan 
   const int64_t grid = gqa::ceil_div(tokens, z);
   if (tokens > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   const int64_t bytes = 2 * tokens * heads * p->head_dim * gqa::dtype_size(p->dtype);
-  const gqa::RopeVariant variant{vectors, bytes >= gqa::kPastCache};
+  const gqa::RopeVariant variant{vectors, tokens <= gqa::kFewTokens, bytes >= gqa::kPastCache};
   gqa::add_launch(plan, gqa::make_launch("rope", vectors ? "rope_vector" : "rope_scalar", p->dtype, {grid}, {x, y, z},
                                          0, variant.encode()));
   plan->reason = vectors ? "heads and tables are 16-byte aligned"

@@ -150,6 +150,28 @@ static gqa_index cache_seqlens(void) {
   return index;
 }
 
+static void fill_qk_rmsnorm_rope(gqa_qk_rmsnorm_rope_params *p) {
+  START(p);
+  p->weight_dtype = GQA_DTYPE_FLOAT32;
+  p->q = p->k = p->q_weight = p->k_weight = values;
+  p->q_out = results[0];
+  p->k_out = results[1];
+  p->batch = B;
+  p->seqlen = S;
+  p->num_q_heads = HQ;
+  p->num_kv_heads = HKV;
+  p->head_dim = D;
+  strides(p->q_stride, S, HQ);
+  strides(p->q_out_stride, S, HQ);
+  strides(p->k_stride, S, HKV);
+  strides(p->k_out_stride, S, HKV);
+  p->rotary.cos = p->rotary.sin = values;
+  p->rotary.dim = D;
+  p->rotary.num_positions = S;
+  p->rotary.stride_row = D / 2;
+  p->eps = 1e-6f;
+}
+
 static void fill_kv_cache_append(gqa_kv_cache_append_params *p) {
   START(p);
   p->k = p->v = values;
@@ -278,6 +300,17 @@ int main(void) {
   WITHOUT(rope, rotary.cos);
   WITHOUT(rope, rotary.sin);
   WITH(rope, rotary.dim = D + 2, GQA_STATUS_INVALID_ARGUMENT);
+
+  ACCEPTS_AND_REFUSES(qk_rmsnorm_rope);
+  WITHOUT(qk_rmsnorm_rope, q);
+  WITHOUT(qk_rmsnorm_rope, k);
+  WITHOUT(qk_rmsnorm_rope, q_weight);
+  WITHOUT(qk_rmsnorm_rope, k_weight);
+  WITHOUT(qk_rmsnorm_rope, q_out);
+  WITHOUT(qk_rmsnorm_rope, k_out);
+  WITHOUT(qk_rmsnorm_rope, rotary.sin);
+  WITH(qk_rmsnorm_rope, weight_dtype = GQA_DTYPE_FLOAT16, GQA_STATUS_UNSUPPORTED);
+  WITH(qk_rmsnorm_rope, rotary.dim = D + 2, GQA_STATUS_INVALID_ARGUMENT);
 
   ACCEPTS_AND_REFUSES(kv_cache_append);
   WITHOUT(kv_cache_append, k);

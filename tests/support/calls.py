@@ -136,6 +136,16 @@ def _rope(rng: random.Random, device: str) -> Call:
     return (make(batch, seqlen, q_heads, dim), k, *_tables(make, 64, rotary_dim)), options
 
 
+def _norm_rope(rng: random.Random, device: str) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+    batch, seqlen = rng.randrange(1, 4), rng.randrange(1, 40)
+    options: dict[str, Any] = {"interleaved": True} if rng.random() < 0.3 else {}
+    if rng.random() < 0.3:
+        options |= {"weight_offset": 1.0, "cast_before_weight": False}
+    q, k = make(batch, seqlen, q_heads, dim), make(batch, seqlen, kv_heads, dim)
+    return (q, k, make(dim), make(dim), *_tables(make, 64, rng.choice([dim, dim // 2]))), options
+
+
 def _width(rng: random.Random) -> int:
     return rng.choice([8, 100, 896, 4096, 4100])
 
@@ -192,6 +202,7 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "gqa_attention_prefill": _prefill,
     "kv_cache_append": _append,
     "merge_attention_states": _merge,
+    "qk_rmsnorm_rope": _norm_rope,
     "residual_add": _pair,
     "rmsnorm": _norm(1),
     "rope": _rope,

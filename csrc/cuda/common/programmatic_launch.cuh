@@ -25,6 +25,12 @@ __device__ __forceinline__ void wait_for_prerequisites() {
 #endif
 }
 
+// Has the compiler work an address or an offset out here, before a wait, and not after it.
+template <typename T>
+__device__ __forceinline__ void have_ready(T address) {
+  asm volatile("" ::"l"(address));
+}
+
 __device__ __forceinline__ void prefetch_l2(const void *address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }

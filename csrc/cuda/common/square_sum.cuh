@@ -42,4 +42,9 @@ __device__ __forceinline__ float sum_of_groups(const float *sums, int count) {
   return total;
 }
 
+// 1 / sqrt(mean + eps), each step rounded by itself as in eager PyTorch.
+__device__ __forceinline__ float reciprocal_rms(float total, float inverse_count, float eps) {
+  return rsqrtf(__fadd_rn(__fmul_rn(total, inverse_count), eps));
+}
+
 }  // namespace gqa::cuda

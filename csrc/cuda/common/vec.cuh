@@ -42,6 +42,17 @@ __device__ __forceinline__ Vec<T> load_vec(const T *at) {
   return *reinterpret_cast<const Vec<T> *>(at);
 }
 
+// Read once: leaves L1 to what is read again.
+template <typename T>
+__device__ __forceinline__ Vec<T> load_vec_once(const T *at) {
+  uint4 bits;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(at)
+               : "memory");
+  return *reinterpret_cast<const Vec<T> *>(&bits);
+}
+
 template <typename T>
 __device__ __forceinline__ void store_vec(T *at, const Vec<T> &vec) {
   *reinterpret_cast<Vec<T> *>(at) = vec;
