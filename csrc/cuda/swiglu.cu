@@ -73,9 +73,8 @@ __device__ __forceinline__ void apply_to_row(const T *gate, const T *up, T *out,
 
 // The x of block and thread walk a row, y the rows within one of rows[0], z those; dense tensors are one row.
 template <typename T, int kBytes, bool kDense>
-__global__ void __launch_bounds__(256, kBytes < 16 ? 6
-                                       : kDense    ? 8
-                                                   : 7) swiglu_rows(const __grid_constant__ gqa_swiglu_params p) {
+__global__ void __launch_bounds__(256, kBytes == 16 ? 8 - !kDense : kBytes == 2 ? 5 : 6)
+    swiglu_rows(const __grid_constant__ gqa_swiglu_params p) {
   launch_dependents();
   wait_for_prerequisites();
   const T *gate = static_cast<const T *>(p.gate), *up = static_cast<const T *>(p.up);
