@@ -71,9 +71,12 @@ __device__ __forceinline__ void apply_to_row(const T *gate, const T *up, T *out,
   }
 }
 
+// Blocks an SM, as many as registers allow without spills.
+constexpr int min_blocks(int access, bool dense) { return access == 16 ? (dense ? 8 : 7) : (access == 2 ? 5 : 6); }
+
 // The x of block and thread walk a row, y the rows within one of rows[0], z those; dense tensors are one row.
 template <typename T, int kBytes, bool kDense>
-__global__ void __launch_bounds__(256, kBytes == 16 ? 8 - !kDense : kBytes == 2 ? 5 : 6)
+__global__ void __launch_bounds__(256, min_blocks(kBytes, kDense))
     swiglu_rows(const __grid_constant__ gqa_swiglu_params p) {
   launch_dependents();
   wait_for_prerequisites();
