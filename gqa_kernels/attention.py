@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 
 from gqa_kernels._library import ops, refuse_grad
+from gqa_kernels.attention_options import attention_options, cache_options, validate
 from gqa_kernels.explain import explain
-from gqa_kernels.validation import (
-    validate_block_table,
-    validate_cache_seqlens,
-    validate_cu_seqlens,
-    validate_last_position,
-    validate_leftpad,
-    validate_positions,
-    validating,
-)
+from gqa_kernels.validation import validating
 
 Attention = Tensor | tuple[Tensor, Tensor]
 
@@ -82,7 +75,7 @@ def gqa_attention_prefill(
         rotary_positions: ``[B or 1, Sq]`` or ``[tokens]``: row of the table for each token. None: the token's key
             position less ``cache_leftpad``.
         rotary_interleaved: pairs are (2i, 2i + 1) rather than (i, i + R / 2).
-        softmax_scale: None is 1 / √D.
+        softmax_scale: None is 1 / √D. It and softcap are constants of a graph that ``torch.compile`` makes.
         window_size: (left, right): a query at position p sees keys from p - left to p + right; -1 is unlimited.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none.
         sinks: ``[Hq]``, float32 or the dtype of q: a logit of each head that takes weight and gives nothing. It is
@@ -105,7 +98,7 @@ def gqa_attention_prefill(
     is_causal=True, enable_gqa=True).transpose(1, 2)`` where Sq == Sk. Accumulation is in float32.
     """
     refuse_grad("gqa_attention_prefill", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    options: dict[str, Any] = _options(
+    options: dict[str, Any] = attention_options(
         cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, softmax_scale,
         window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse, workspace,
     )  # fmt: skip
@@ -124,7 +117,7 @@ def gqa_attention_prefill(
     if not causal:
         options["causal"] = False
     if validating():
-        _validate("gqa_attention_prefill", q, k, **options)
+        validate("gqa_attention_prefill", q, k, **options)
     out, lse = ops.gqa_attention_prefill(q, k, v, **options)
     return (out, lse) if return_lse else out
 
@@ -179,12 +172,12 @@ def gqa_attention_decode(
     ``scaled_dot_product_attention(q, cache[:length], …, enable_gqa=True)`` with a bottom-right causal mask.
     """
     refuse_grad("gqa_attention_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    options: dict[str, Any] = _options(
+    options: dict[str, Any] = attention_options(
         cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, softmax_scale,
         window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse, workspace,
     )  # fmt: skip
     if validating():
-        _validate("gqa_attention_decode", q, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
+        validate("gqa_attention_decode", q, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
     out, lse = ops.gqa_attention_decode(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **options)
     return (out, lse) if return_lse else out
 
@@ -224,11 +217,11 @@ def kv_cache_append(
     PyTorch equivalent: ``k_cache[b, n : n + S] = k[b]; v_cache[b, n : n + S] = v[b]`` with ``n = cache_seqlens[b]``.
     """
     refuse_grad("kv_cache_append", k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    options: dict[str, Any] = _cache_options(
+    options: dict[str, Any] = cache_options(
         cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, k_scale, v_scale
     )
     if validating():
-        _validate("kv_cache_append", k, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
+        validate("kv_cache_append", k, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
     ops.kv_cache_append(k, v, k_cache, v_cache, cache_seqlens=cache_seqlens, **options)
 
 
@@ -265,126 +258,6 @@ def gqa_attention_prefill_workspace_size(*args: Any, **kwargs: Any) -> int:
 def gqa_attention_decode_workspace_size(*args: Any, **kwargs: Any) -> int:
     """Bytes of workspace that :func:`gqa_attention_decode` needs for these arguments; 0 on the CPU."""
     return explain("gqa_attention_decode", *args, **kwargs).workspace_size
-
-
-def _cache_options(
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_positions: Tensor | None,
-    rotary_interleaved: bool,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> dict[str, Any]:
-    """What differs from the op's defaults: every keyword of a call costs host time."""
-    options: dict[str, Any] = {}
-    if cache_leftpad is not None:
-        options["cache_leftpad"] = cache_leftpad
-    if block_table is not None:
-        options["block_table"] = block_table
-    if rotary_cos is not None or rotary_sin is not None:
-        options.update(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    if rotary_positions is not None:
-        options["rotary_positions"] = rotary_positions
-    if rotary_interleaved:
-        options["rotary_interleaved"] = True
-    if k_scale is not None:
-        options["k_scale"] = k_scale
-    if v_scale is not None:
-        options["v_scale"] = v_scale
-    return options
-
-
-def _options(
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    rotary_positions: Tensor | None,
-    rotary_interleaved: bool,
-    softmax_scale: float | None,
-    window_size: tuple[int, int],
-    softcap: float,
-    sinks: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    num_splits: int,
-    batch_invariant: bool,
-    return_lse: bool,
-    workspace: Tensor | None,
-) -> dict[str, Any]:
-    options = _cache_options(
-        cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, k_scale, v_scale
-    )
-    if softmax_scale is not None:
-        options["softmax_scale"] = softmax_scale
-    left, right = window_size
-    if left != -1:
-        options["window_left"] = left
-    if right != -1:
-        options["window_right"] = right
-    if softcap != 0.0:
-        options["softcap"] = softcap
-    if sinks is not None:
-        options["sinks"] = sinks
-    if num_splits != 0:
-        options["num_splits"] = num_splits
-    if batch_invariant:
-        options["batch_invariant"] = True
-    if return_lse:
-        options["return_lse"] = True
-    if workspace is not None:
-        options["workspace"] = workspace
-    return options
-
-
-def _validate(
-    op: str,
-    q: Tensor,
-    k: Tensor | None,
-    *,
-    k_cache: Tensor | None = None,
-    cache_seqlens: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_positions: Tensor | None = None,
-    **_: Any,
-) -> None:
-    """The checks of ``validation()``. Malformed shapes are left to the op, which names them better."""
-    ragged = cu_seqlens_q is not None
-    tensors = ((q, 3 if ragged else 4), (k, 3 if ragged else 4), (k_cache, 4), (block_table, 2), (rotary_cos, None))
-    if any(tensor is not None and dims is not None and tensor.dim() != dims for tensor, dims in tensors):
-        return
-    queries = [q.shape[1]] * q.shape[0] if not ragged else []
-    if cu_seqlens_q is not None:
-        queries = validate_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    new = [0] * len(queries)
-    if k is not None:
-        new = queries if ragged else [k.shape[1]] * len(queries)
-        if cu_seqlens_k is not None:
-            new = validate_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    keys = new
-    if k_cache is not None and cache_seqlens is not None:
-        page_size = k_cache.shape[1]
-        capacity = page_size if block_table is None else page_size * block_table.shape[1]
-        cached = validate_cache_seqlens(op, cache_seqlens, new, capacity)
-        keys = [a + b for a, b in zip(cached, new)]
-        if block_table is not None:
-            validate_block_table(op, block_table, keys, k_cache.shape[0], page_size)
-    leftpad = validate_leftpad(op, cache_leftpad) if cache_leftpad is not None else [0] * len(keys)
-    if rotary_cos is None or rotary_cos.dim() != 2:
-        return
-    if rotary_positions is not None:
-        validate_positions(op, "rotary_positions", rotary_positions, rotary_cos.shape[0])
-    else:
-        last = max((count - pad - 1 for count, pad in zip(keys, leftpad)), default=0)
-        validate_last_position(op, "rotary_cos", last, rotary_cos.shape[0])
 
 
 def _attention_fake(q: Tensor, ragged: bool, return_lse: bool) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from gqa_kernels._library import ops, refuse_grad
 
 _SETTINGS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "offset": 0}
+_LIMITS = {"temperature": math.inf, "top_p": 1.0, "min_p": 1.0}
 
 
 @overload
@@ -76,9 +78,9 @@ def sample(
 
     Each setting is a number, or a tensor on the device of ``logits``: of no dimensions (one value for all rows), or
     with one value per row, in the shape of ``logits`` without its last dimension. Tensors can change between the
-    replays of a CUDA graph, and ``torch.compile`` takes any value of theirs without compiling again; so it does with a
-    number for seed, offset and top_k, but not with another float. Filters apply in the order of the arguments, each to
-    what the one before has kept, and a token that ties with the last one kept is kept too.
+    replays of a CUDA graph. ``torch.compile`` takes other values and other numbers without compiling again, except
+    where a number becomes its default or ceases to be it. Filters apply in the order of the arguments, each to what
+    the one before has kept, and a token that ties with the last one kept is kept too.
 
     Args:
         logits: ``[..., vocab]`` float32, float16 or bfloat16, any strides, vocab up to 262144.
@@ -128,7 +130,11 @@ def sample(
         if isinstance(value, Tensor):
             options[name + "s"] = value
         elif value != _SETTINGS[name]:
-            options[name] = value
+            if isinstance(value, float) and torch.compiler.is_compiling() and 0.0 < value < _LIMITS[name]:
+                # An op's float argument is a constant of the compiled graph; a tensor's value is not.
+                options[name + "s"] = logits.new_zeros((), dtype=torch.float32) + value
+            else:
+                options[name] = value
     unsupported = {
         "logit_bias": logit_bias,
         "allowed_bitmask": allowed_bitmask,

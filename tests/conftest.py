@@ -19,7 +19,7 @@ from support.guard import Guard
 
 from gqa_kernels._library import C
 
-_gpu_skips = 0
+NO_GPU = "no GPU"
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -40,10 +40,8 @@ def gpu() -> str:
 
 
 def require_gpu() -> None:
-    global _gpu_skips
     if not torch.cuda.is_available():
-        _gpu_skips += 1
-        pytest.skip("no GPU")
+        pytest.skip(NO_GPU)
 
 
 @pytest.fixture
@@ -65,5 +63,6 @@ def _prefilled_outputs() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _gpu_skips:
-        terminalreporter.write_line(f"{_gpu_skips} tests skipped: they run on a GPU and this machine has none")
+    skipped = sum(report.longrepr[2].endswith(NO_GPU) for report in terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(f"{skipped} tests skipped: they run on a GPU and this machine has none")

@@ -47,11 +47,11 @@ def test_p19_fake_equals_real(guard: Guard, op: str, call: dict[str, Any]) -> No
 
 @pytest.mark.abi
 def test_p17_decode_compiles_once(guard: Guard) -> None:
-    """Batch, capacity, lengths, window: none of them recompiles."""
+    """Batch, capacity, lengths, window, splits: none of them recompiles."""
 
     def function(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, lengths: Tensor, left: int) -> Any:
         keywords: dict[str, Any] = {"cache_seqlens": lengths, "window_size": (left, -1), "return_lse": True}
-        return gqa_attention_decode(q, cache_k, cache_v, k, v, **keywords)
+        return gqa_attention_decode(q, cache_k, cache_v, k, v, num_splits=left % 5 + 1, **keywords)
 
     given = []
     for batch, queries, capacity, left in ((2, 2, 40, 7), (3, 4, 50, 9), (7, 3, 33, 20)):

@@ -164,18 +164,25 @@ def test_p17_compile(guard: Guard) -> None:
 
 
 def test_p17_changing_numbers_do_not_recompile(guard: Guard) -> None:
-    """A seed and an offset per step, as a Python loop passes them: two graphs at most, however many steps."""
+    """Numbers of each step, as a Python loop passes them: two graphs at most, however many steps."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
-    def step(x: Tensor, seed: int, offset: int) -> Any:
-        return sample(x, seed=seed, offset=offset, top_k=5 + offset)
+    def step(x: Tensor, seed: int, temperature: float, probability: float) -> Any:
+        return sample(x, seed=seed, offset=seed - 9, top_k=seed - 995, temperature=temperature, top_p=probability)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     logits = guard.randn(3, 100)
     for i in range(12):
-        assert same_bytes(compiled(logits, 1000 + 7 * i, 2 + i), step(logits, 1000 + 7 * i, 2 + i))
+        numbers = (1000 + 7 * i, 0.35 + 0.1 * i, 0.95 - 0.05 * i)
+        assert same_bytes(compiled(logits, *numbers), step(logits, *numbers))
     assert counter.frame_count <= 2
+
+
+def test_p17_compiled_numbers_are_checked(guard: Guard) -> None:
+    compiled = torch.compile(lambda x, t: sample(x, temperature=t), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="sample: temperature must be"):
+        compiled(guard.randn(3, 100), -1.0)
 
 
 def test_p17_settings_on_the_device_do_not_recompile(guard: Guard) -> None:

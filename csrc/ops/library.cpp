@@ -5,7 +5,7 @@
   "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, " \
   "Tensor? rotary_positions=None, bool rotary_interleaved=False, float? softmax_scale=None, "                \
   "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, Tensor? sinks=None, "                   \
-  "Tensor? k_scale=None, Tensor? v_scale=None, int num_splits=0, bool batch_invariant=False, "               \
+  "Tensor? k_scale=None, Tensor? v_scale=None, SymInt num_splits=0, bool batch_invariant=False, "            \
   "bool return_lse=False, Tensor(c!)? workspace=None"
 
 STABLE_TORCH_LIBRARY(gqa_kernels, m) {
