@@ -56,44 +56,30 @@ struct Run {
   }
 };
 
-// All of a row that this block has. What is left of it after its whole accesses goes one by one.
-template <typename T, int kBytes>
-__device__ __forceinline__ void apply_to_row(const T *gate, const T *up, T *out, int64_t hidden) {
-  using R = Run<T, kBytes>;
-  const int64_t of_warp = static_cast<int64_t>(blockIdx.x) * blockDim.x + (threadIdx.x & ~31u);
-  const int64_t first = (of_warp * R::kRuns + threadIdx.x % 32) * R::kElements;
-  const int64_t whole = hidden - hidden % R::kElements;
-  R::apply(gate, up, out, first, whole);
-  if constexpr (R::kElements > 1) {
-    if (blockIdx.x + 1 != gridDim.x) return;
-#pragma unroll 1
-    for (int64_t at = whole + threadIdx.x; at < hidden; at += blockDim.x) out[at] = swiglu(gate[at], up[at]);
-  }
-}
-
-// Blocks an SM, as many as registers allow without spills.
-constexpr int min_blocks(int access, bool dense) { return access == 16 ? (dense ? 8 : 7) : (access == 2 ? 5 : 6); }
-
-// The x of block and thread walk a row, y the rows within one of rows[0], z those; dense tensors are one row.
+// The x of block and thread walk a row, y and z the rows; dense tensors are one row. What is left of a row after its
+// whole accesses goes one by one.
 template <typename T, int kBytes, bool kDense>
-__global__ void __launch_bounds__(256, min_blocks(kBytes, kDense))
-    swiglu_rows(const __grid_constant__ gqa_swiglu_params p) {
+__global__ void __launch_bounds__(256) swiglu_rows(const __grid_constant__ gqa_swiglu_params p) {
+  using R = Run<T, kBytes>;
   launch_dependents();
   wait_for_prerequisites();
   const T *gate = static_cast<const T *>(p.gate), *up = static_cast<const T *>(p.up);
   T *out = static_cast<T *>(p.out);
-  if constexpr (kDense) {
-    apply_to_row<T, kBytes>(gate, up, out, p.hidden);
-  } else {
-#pragma unroll 1
-    for (int64_t i = blockIdx.z; i < p.rows[0]; i += gridDim.z) {
-#pragma unroll 1
-      for (int64_t j = blockIdx.y * blockDim.y + threadIdx.y; j < p.rows[1]; j += gridDim.y * blockDim.y) {
-        apply_to_row<T, kBytes>(gate + i * p.gate_stride[0] + j * p.gate_stride[1],
-                                up + i * p.up_stride[0] + j * p.up_stride[1],
-                                out + i * p.out_stride[0] + j * p.out_stride[1], p.hidden);
-      }
-    }
+  if constexpr (!kDense) {
+    const int64_t row = (static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+    if (row >= p.rows[0] * p.rows[1]) return;
+    const int64_t outer = p.rows[0] == 1 ? 0 : row / p.rows[1], inner = row - outer * p.rows[1];
+    gate += outer * p.gate_stride[0] + inner * p.gate_stride[1];
+    up += outer * p.up_stride[0] + inner * p.up_stride[1];
+    out += outer * p.out_stride[0] + inner * p.out_stride[1];
+  }
+  const int64_t of_warp = static_cast<int64_t>(blockIdx.x) * blockDim.x + (threadIdx.x & ~31u);
+  const int64_t first = (of_warp * R::kRuns + threadIdx.x % 32) * R::kElements;
+  const int64_t whole = p.hidden - p.hidden % R::kElements;
+  R::apply(gate, up, out, first, whole);
+  if constexpr (R::kElements > 1) {
+    if (blockIdx.x + 1 != gridDim.x) return;
+    for (int64_t at = whole + threadIdx.x; at < p.hidden; at += blockDim.x) out[at] = swiglu(gate[at], up[at]);
   }
 }
 

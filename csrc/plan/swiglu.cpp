@@ -24,10 +24,10 @@ gqa_status plan_rows(const gqa_swiglu_params &flat, gqa_plan *plan) {
   const int64_t threads = rows * flat.hidden * element < kLittle ? 128 : 256;
   int64_t x = threads;
   while (x > (runs == 1 ? 1 : 32) && x / 2 * runs >= accesses) x /= 2;
-  constexpr int64_t kMost = 65535;  // of a grid's y and z; further rows come in turns
-  const int64_t y = threads / x, spans = ceil_div(accesses, x * runs);
-  const Dim3 grid{spans, std::min(ceil_div(flat.rows[1], y), kMost), std::min(flat.rows[0], kMost)};
-  if (spans > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+  constexpr int64_t kMost = 65535;  // of a grid's y and z
+  const int64_t y = threads / x, spans = ceil_div(accesses, x * runs), groups = ceil_div(rows, y);
+  const Dim3 grid{spans, std::min(groups, kMost), ceil_div(groups, kMost)};
+  if (spans > INT32_MAX || grid.z > kMost) return GQA_STATUS_UNSUPPORTED;
   const int32_t variant = static_cast<int32_t>(access);
   add_launch(plan, make_launch("swiglu", "swiglu_rows", flat.dtype, grid, {x, y}, 0, variant));
   plan->reason = access == 16  ? "rows allow accesses of 16 bytes"
