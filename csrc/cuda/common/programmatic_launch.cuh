@@ -7,6 +7,8 @@
 //   - launch_dependents() may come first of all: the next kernel's wait is for our end, not for this call.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/launch.cuh"
 #include "plan/plan.h"
 
@@ -23,6 +25,18 @@ __device__ __forceinline__ void wait_for_prerequisites() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Has the compiler work a value out here, before a wait, and not after it.
+template <typename T>
+__device__ __forceinline__ void have_ready(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" ::"l"(value));
+  } else if constexpr (std::is_same_v<T, float>) {
+    asm volatile("" ::"f"(value));
+  } else {
+    asm volatile("" ::"r"(value));
+  }
 }
 
 __device__ __forceinline__ void prefetch_l2(const void *address) {
