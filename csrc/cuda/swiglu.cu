@@ -21,9 +21,9 @@ struct Words {
 };
 
 // What a thread takes of a row: kRuns accesses, a warp's width apart.
-template <typename T, int kBytes, bool kDense>
+template <typename T, int kBytes>
 struct Run {
-  static constexpr int kRuns = swiglu_runs(kBytes, kDense), kElements = kBytes / sizeof(T), kStep = 32 * kElements;
+  static constexpr int kRuns = swiglu_runs(kBytes), kElements = kBytes / sizeof(T), kStep = 32 * kElements;
 
   __device__ static void apply(const T *gate, const T *up, T *out, int64_t first, int64_t end) {
     if constexpr (kBytes < 4) {
@@ -60,7 +60,7 @@ struct Run {
 // whole accesses goes one by one.
 template <typename T, int kBytes, bool kDense>
 __global__ void __launch_bounds__(256) swiglu_rows(const __grid_constant__ gqa_swiglu_params p) {
-  using R = Run<T, kBytes, kDense>;
+  using R = Run<T, kBytes>;
   launch_dependents();
   wait_for_prerequisites();
   const T *gate = static_cast<const T *>(p.gate), *up = static_cast<const T *>(p.up);

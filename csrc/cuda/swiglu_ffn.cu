@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(32 * kFfnWarps) ffn_stream(const __grid_consta
 
 template <typename T, bool kGated>
 gqa_status launch_stream(const gqa_launch &plan, const Stream &p, cudaStream_t stream) {
-  auto *kernel = plan.variant == kFfnPair    ? ffn_stream<T, kGated, 1, ffn_stages(kFfnPair)>
+  auto *kernel = plan.variant == kFfnFour    ? ffn_stream<T, kGated, 1, ffn_stages(kFfnFour)>
                  : plan.variant == kFfnEight ? ffn_stream<T, kGated, 1, ffn_stages(kFfnEight)>
                                              : ffn_stream<T, kGated, 2, ffn_stages(kFfnSixteen)>;
   return launch_programmatic(kernel, plan, stream, p);

@@ -18,7 +18,7 @@ int64_t widest_access(const gqa_swiglu_params &flat) {
 // x walks a row, y takes several rows where they are short. A warp that takes several accesses takes them of one row.
 gqa_status plan_rows(const gqa_swiglu_params &flat, gqa_plan *plan) {
   const int64_t rows = flat.rows[0] * flat.rows[1], access = widest_access(flat), element = dtype_size(flat.dtype);
-  const int64_t accesses = ceil_div(flat.hidden * element, access), runs = swiglu_runs(access, is_one_row(flat));
+  const int64_t accesses = ceil_div(flat.hidden * element, access), runs = swiglu_runs(access);
   // Little work is spread over more blocks, for latency.
   constexpr int64_t kLittle = int64_t{1} << 20;
   const int64_t threads = rows * flat.hidden * element < kLittle ? 128 : 256;

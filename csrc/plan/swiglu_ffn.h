@@ -12,14 +12,13 @@ constexpr int kFfnWarps = 8;
 constexpr int kFfnRows = 32;   // weight rows at a time: two tiles of 16, in the first kernel one of each matrix
 constexpr int kFfnChunk = 64;  // columns in a stage
 
-// Up to 2 tokens the two kernels fit an SM together, so that the second fills its rings while the first runs; with more
-// tokens, deeper rings hide better what copying x costs.
-enum FfnVariant { kFfnPair, kFfnEight, kFfnSixteen };
+// How many tokens an instance of the kernels takes. Its rings are as deep as an SM's shared memory allows.
+enum FfnVariant { kFfnFour, kFfnEight, kFfnSixteen };
 
-constexpr int ffn_stages(int variant) { return variant == kFfnPair ? 3 : variant == kFfnEight ? 5 : 4; }
+constexpr int ffn_stages(int variant) { return variant == kFfnFour ? 6 : variant == kFfnEight ? 5 : 4; }
 
 constexpr FfnVariant ffn_variant(int64_t tokens) {
-  return tokens <= 2 ? kFfnPair : tokens <= 8 ? kFfnEight : kFfnSixteen;
+  return tokens <= 4 ? kFfnFour : tokens <= 8 ? kFfnEight : kFfnSixteen;
 }
 
 // Columns of a warp's sums: the tokens of its tiles, and one more against bank conflicts.
