@@ -216,8 +216,9 @@ class Row {
   // f(index, logit) over [begin, end), divided among `threads` of which this is number `thread`.
   template <typename F>
   __device__ __forceinline__ void for_each(int begin, int end, int thread, int threads, F &&f) const {
-    if constexpr (kAdjusted) {   // neighbours to neighbouring threads, whatever the alignment of each tensor
-      constexpr int kBatch = 2;  // under way at once
+    if constexpr (kAdjusted) {
+      // Neighbours to neighbouring threads, whatever the alignment of each tensor; so many tokens of each under way.
+      constexpr int kBatch = 2;
       for (int first = begin + thread; first < end; first += kBatch * threads) {
         Raw batch[kBatch];
 #pragma unroll
