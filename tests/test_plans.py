@@ -238,7 +238,10 @@ def test_sample_on_hopper_holds_the_row_in_a_cluster(vocab: int, dtype: torch.dt
         assert launch["kernel"] == "sample_cluster" and launch["grid"][0] % rows == 0
         blocks.append(launch["grid"][0] // rows)
         held = launch["shared_memory"] * blocks[-1]
-        assert held > vocab * dtype.itemsize and launch["shared_memory"] + 8192 <= H200["max_shared_memory"]
+        assert held > vocab * dtype.itemsize and launch["shared_memory"] + 11 * 1024 <= H200["max_shared_memory"]
+        (greedy,) = plan_for(H200, "sample", logits, temperature=0.0)["launches"]
+        assert greedy["kernel"] == "sample_greedy" and greedy["shared_memory"] == 0
+        assert greedy["grid"][0] // rows in (1, 2, 4, 8, 16) and greedy["grid"][0] % rows == 0
         (portable,) = plan_for(A100, "sample", logits, top_p=0.9)["launches"]
         assert portable["kernel"] == "sample_row" and tuple(portable["grid"]) == (rows, 1, 1)
     assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 8, 16}

@@ -52,7 +52,7 @@ GQA_CPU_CLONES KeyRange key_range(const T *z, int64_t n) {
 }
 
 template <typename T>
-class Row {
+class Row : public Filters<Row<T>> {
  public:
   Row(const T *z, int64_t vocab) : z_(z), vocab_(vocab) {}
 
@@ -153,9 +153,10 @@ class Row {
 
 template <typename T>
 void sample_rows(const gqa_sample_params *p, int64_t first, int64_t last) {
+  const Settings of_call = settings_of(*p);
   for (int64_t i = first; i < last; ++i) {
     Row<T> row(static_cast<const T *>(p->logits) + i * p->logits_stride, p->vocab);
-    const Drawn drawn = draw(row, load_settings(*p, i), p->vocab);
+    const Drawn drawn = draw(row, load_settings(*p, of_call, i), load_random(*p, i), p->vocab);
     p->ids[i] = drawn.id;
     if (p->valid != nullptr) p->valid[i] = drawn.valid;
     if (p->logprob != nullptr) p->logprob[i] = drawn.logprob();

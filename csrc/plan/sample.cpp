@@ -31,6 +31,13 @@ int64_t blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
   return blocks;
 }
 
+int64_t greedy_blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
+  const int64_t largest = device->num_sms >= 112 && p->rows <= 7 ? 16 : 8;
+  int64_t blocks = 1;
+  while (blocks < largest && part_bytes(p, blocks) >= 16 * 1024 && p->rows * blocks <= device->num_sms) blocks *= 2;
+  return blocks;
+}
+
 }  // namespace
 
 gqa_status check_params(const gqa_sample_params *p) {
@@ -55,10 +62,19 @@ gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device,
   if (p->rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
   if (device != nullptr && device->compute_capability == 90 && gqa::has_sm90_code()) {
+    if (p->temperatures == nullptr && !(p->temperature > 0.0f)) {
+      const int64_t blocks = gqa::greedy_blocks_per_row(p, device);
+      if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+      gqa::add_launch(plan, gqa::make_launch("sample", "sample_greedy", p->dtype, {p->rows * blocks},
+                                             {gqa::kSampleGreedyThreads}, 0, static_cast<int32_t>(blocks)));
+      plan->reason = "temperature 0: a cluster of blocks per row looks for its largest logit";
+      return GQA_STATUS_OK;
+    }
     const int64_t blocks = gqa::blocks_per_row(p, device);
     if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
     // One block to an SM where it holds much of a row: then twice the threads.
-    const int64_t shared_memory = gqa::cluster_memory(p, blocks), threads = shared_memory > 110 * 1024 ? 1024 : 512;
+    const int64_t shared_memory = gqa::cluster_memory(p, blocks);
+    const int64_t threads = 32 + (shared_memory > 100 * 1024 ? gqa::kSampleClusterMany : gqa::kSampleClusterFew);
     gqa::add_launch(plan, gqa::make_launch("sample", "sample_cluster", p->dtype, {p->rows * blocks}, {threads},
                                            shared_memory, static_cast<int32_t>(blocks)));
     plan->reason = "a cluster of blocks per row holds the row in shared memory";
