@@ -53,7 +53,7 @@ struct Shared {
 
 // kAdjusted: with penalties, a bias or a bitmask.
 template <typename T, bool kAdjusted>
-class Row {
+class Row : public Filters<Row<T, kAdjusted>> {
  public:
   __device__ Row(const T *z, int vocab, const Adjustments<T> *by, Shared *shared, uint32_t *cells)
       : z_(z), vocab_(vocab), by_(*by), shared_(*shared), cells_(cells) {}
@@ -292,7 +292,7 @@ class Row {
 };
 
 template <typename T, bool kAdjusted>
-__global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_params p) {
+__global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_params p, const Settings of_call) {
   extern __shared__ uint32_t cells[];
   __shared__ Shared shared;
   __shared__ Adjustments<T> by;
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_param
   }
   const T *z = static_cast<const T *>(p.logits) + at * p.logits_stride;
   Row<T, kAdjusted> row(z, static_cast<int>(p.vocab), &by, &shared, cells);
-  const Drawn drawn = draw(row, load_settings(p, at), p.vocab);
+  const Drawn drawn = draw(row, load_settings(p, of_call, at), load_random(p, at), p.vocab);
   if (threadIdx.x != 0) return;
   p.ids[at] = drawn.id;
   if (p.valid != nullptr) p.valid[at] = drawn.valid;
@@ -320,11 +320,15 @@ extern "C" gqa_status gqa_sample_cuda(const gqa_sample_params *p, CUstream_st *s
   gqa_device device;
   GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
   GQA_RETURN_IF_ERROR(gqa_sample_plan(p, &device, &plan));
-  if (plan.launches[0].variant != 0) return gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
+  if (plan.launches[0].variant != 0) {
+    const bool greedy = plan.launches[0].shared_memory == 0;
+    return greedy ? gqa::cuda::launch_sample_greedy(*p, plan.launches[0], stream)
+                  : gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
+  }
   return gqa::cuda::dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto kernel =
         gqa::sampling::is_adjusted(*p) ? gqa::cuda::sample_row<T, true> : gqa::cuda::sample_row<T, false>;
-    return gqa::cuda::launch(kernel, plan.launches[0], stream, *p);
+    return gqa::cuda::launch(kernel, plan.launches[0], stream, *p, gqa::sampling::settings_of(*p));
   });
 }
