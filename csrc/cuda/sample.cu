@@ -169,7 +169,7 @@ class Row : public Filters<Row<T, kAdjusted>> {
     const int share = (stretch + kThreads - 1) / kThreads;
     const int first = min(start + static_cast<int>(threadIdx.x) * share, end), last = min(first + share, end);
     sum = 0;
-    for (int i = first; i < last; ++i) sum += weight_in(kept, bin, logit(raw(i)));
+    for (int i = first; i < last; ++i) sum += weight_in(kept, bin, logit(i));
     const Crossing in_stretch = cross(sum, need);
     need -= in_stretch.before;
     if (static_cast<int>(threadIdx.x) == in_stretch.thread) {
@@ -177,7 +177,7 @@ class Row : public Filters<Row<T, kAdjusted>> {
       int i = first - 1;
       for (sum = 0; sum < need; sum += m) {
         ++i;
-        m = weight_in(kept, bin, logit(raw(i)));
+        m = weight_in(kept, bin, logit(i));
       }
       shared_.picked = {i, m};
     }
@@ -189,45 +189,20 @@ class Row : public Filters<Row<T, kAdjusted>> {
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
 
-  // Token i, as it lies in memory.
-  struct Raw {
-    T z;
-    int32_t count = 0;
-    float bias = 0.0f;
-    bool allowed = true;
-  };
-
-  __device__ __forceinline__ Raw raw(int i) const {
-    Raw token;
-    token.z = z_[i];
-    if constexpr (kAdjusted) {
-      if (by_.counts != nullptr) token.count = by_.counts[i];
-      if (by_.bias != nullptr) token.bias = by_.with_bias([&](auto *of) { return to_float(of[i]); });
-      token.allowed = by_.is_allowed(i);
-    }
-    return token;
-  }
-
-  __device__ __forceinline__ float logit(const Raw &token) const {
-    const float z = to_float(token.z);
-    return kAdjusted ? adjust(z, token.count, by_.penalties, token.bias, token.allowed) : z;
+  __device__ __forceinline__ float logit(int i) const {
+    const float z = to_float(z_[i]);
+    if constexpr (!kAdjusted) return z;
+    const int32_t count = by_.counts == nullptr ? 0 : by_.counts[i];
+    const float bias = by_.bias == nullptr ? 0.0f : by_.with_bias([&](auto *of) { return to_float(of[i]); });
+    return adjust(z, count, by_.penalties, bias, by_.is_allowed(i));
   }
 
   // f(index, logit) over [begin, end), divided among `threads` of which this is number `thread`.
   template <typename F>
   __device__ __forceinline__ void for_each(int begin, int end, int thread, int threads, F &&f) const {
-    if constexpr (kAdjusted) {
-      // Neighbours to neighbouring threads, whatever the alignment of each tensor; so many tokens of each under way.
-      constexpr int kBatch = 2;
-      for (int first = begin + thread; first < end; first += kBatch * threads) {
-        Raw batch[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) batch[i] = raw(min(first + i * threads, end - 1));
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (first + i * threads < end) f(first + i * threads, logit(batch[i]));
-        }
-      }
+    if constexpr (kAdjusted) {  // neighbours to neighbouring threads, whatever the alignment of each tensor
+#pragma unroll 4
+      for (int i = begin + thread; i < end; i += threads) f(i, logit(i));
       return;
     }
     constexpr int kSize = Vec<T>::kSize;
@@ -235,7 +210,7 @@ class Row : public Filters<Row<T, kAdjusted>> {
     const int body = min(begin + (kSize - misaligned) % kSize, end);
     const int vectors = (end - body) / kSize;
     const int tail = body + vectors * kSize;
-    for (int i = begin + thread; i < body; i += threads) f(i, logit(raw(i)));
+    for (int i = begin + thread; i < body; i += threads) f(i, logit(i));
     Vec<T> next;
     if (thread < vectors) next = load_vec(z_ + body + thread * kSize);
     for (int v = thread; v < vectors; v += threads) {
@@ -244,7 +219,7 @@ class Row : public Filters<Row<T, kAdjusted>> {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) f(body + v * kSize + i, to_float(vec.value[i]));
     }
-    for (int i = tail + thread; i < end; i += threads) f(i, logit(raw(i)));
+    for (int i = tail + thread; i < end; i += threads) f(i, logit(i));
   }
 
   // m of a token that belongs to `bin` and is kept, else 0.
