@@ -240,26 +240,38 @@ def test_sample_on_hopper_holds_the_row_in_a_cluster(vocab: int, dtype: torch.dt
         assert launch["kernel"] == "sample_cluster" and launch["grid"][0] % rows == 0
         blocks.append(launch["grid"][0] // rows)
         held = launch["shared_memory"] * blocks[-1]
-        assert held > vocab * dtype.itemsize and launch["shared_memory"] + 8192 <= H200["max_shared_memory"]
+        assert held > vocab * dtype.itemsize and launch["shared_memory"] + 11 * 1024 <= H200["max_shared_memory"]
+        (greedy,) = plan_for(H200, "sample", logits, temperature=0.0)["launches"]
+        assert greedy["kernel"] == "sample_greedy" and greedy["shared_memory"] == 0
+        assert greedy["grid"][0] // rows in (1, 2, 4, 8, 16) and greedy["grid"][0] % rows == 0
         (portable,) = plan_for(A100, "sample", logits, top_p=0.9)["launches"]
         assert portable["kernel"] == "sample_row" and tuple(portable["grid"]) == (rows, 1, 1)
     assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 8, 16}
     assert vocab < 128256 or blocks[:4] == [16, 16, 8, 8]
 
 
-def test_sample_adjusts_logits_in_the_portable_kernel() -> None:
-    """Penalties, a bias or a bitmask: counts alone, which nothing looks at, do not count."""
-    logits, counts = torch.zeros(4, 1000), torch.zeros(4, 1000, dtype=torch.int32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab", [1, 1000, 128256, 1 << 18])
+def test_sample_on_hopper_holds_adjusted_rows_as_float32(vocab: int, dtype: torch.dtype) -> None:
+    """With penalties, a bias or a bitmask; counts that no penalty looks at are none of it."""
     one = torch.ones(())
-    for options in (
-        {"logit_bias": torch.zeros(1000)},
-        {"allowed_bitmask": torch.zeros(32, dtype=torch.int32)},
-        *({name + "_penalty": one, "token_counts": counts} for name in ("repetition", "frequency", "presence")),
-    ):
-        for gpu in GPUS.values():
-            plan = plan_for(gpu, "sample", logits, **options)
-            assert plan["launches"][0]["kernel"] == "sample_row" and "bitmask" in str(plan["reason"])
-    assert plan_for(H200, "sample", logits, token_counts=counts)["launches"][0]["kernel"] == "sample_cluster"
+    for rows in (1, 16, 64, 1000):
+        logits = torch.zeros(1, vocab, dtype=dtype).expand(rows, vocab)
+        counts = torch.zeros(vocab, dtype=torch.int32)
+        adjustments: list[dict[str, Tensor]] = [
+            {"logit_bias": torch.zeros(vocab)},
+            {"allowed_bitmask": torch.zeros(-(-vocab // 32), dtype=torch.int32)},
+            *({name + "_penalty": one, "token_counts": counts} for name in ("repetition", "frequency", "presence")),
+        ]
+        plain = plan_for(H200, "sample", logits)["launches"][0]
+        assert plan_for(H200, "sample", logits, token_counts=counts)["launches"][0] == plain
+        for options in adjustments:
+            (launch,) = plan_for(H200, "sample", logits, temperature=0.0, **options)["launches"]
+            assert launch["kernel"] == "sample_cluster"
+            held = launch["shared_memory"] * launch["grid"][0] // rows
+            assert held > 4 * vocab and launch["shared_memory"] + 11 * 1024 <= H200["max_shared_memory"]
+            (portable,) = plan_for(A100, "sample", logits, **options)["launches"]
+            assert portable["kernel"] == "sample_row"
 
 
 @pytest.mark.usefixtures("portable")

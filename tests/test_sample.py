@@ -174,6 +174,19 @@ def test_p28_zero_probability_is_never_drawn(guard: Guard) -> None:
     assert bool((counts[[0, 2, 4, 6]] > 10**6).all())
 
 
+def test_p28_filtered_tokens_are_never_drawn(guard: Guard) -> None:
+    """Ten million draws, by every filter alone and all together, from tokens with mass on both sides of the cut."""
+    logits = guard.place(torch.cat([PEAKED, torch.linspace(7.9, 0, 50)]))
+    filters: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}]
+    filters.append({"temperature": 2.0, "top_k": 40, "top_p": 0.9, "min_p": 0.05})
+    for settings in filters:
+        kept = torch.from_numpy(filtered64(logits.cpu().numpy(), **settings)) > 0
+        assert 0 < int(kept.sum()) < 60
+        ids = torch.cat([sample(rows_of(logits, 1_250_000), seed=seed, **settings) for seed in (1, 2)])
+        counts = torch.bincount(ids, minlength=60).cpu()
+        assert int(counts.sum()) == 2_500_000 and torch.equal(counts > 0, kept), settings
+
+
 def support_of(guard: Guard, values: list[float], **settings: Any) -> list[int]:
     logits = guard.place(torch.tensor(values))
     return sorted(set(sample(rows_of(logits, 2000), seed=1, temperature=LOG2, **settings).tolist()))

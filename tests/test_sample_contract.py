@@ -61,7 +61,8 @@ def test_one_launch(gpu: str) -> None:
     one = torch.tensor(0.5, device=gpu)
     with record_launches() as launches:
         sample(logits, top_p=one, temperature=one, seed=torch.tensor(1, device=gpu))
-    assert [launch["kernel"] for launch in launches] in (["sample_row"], ["sample_cluster"])
+        sample(logits, temperature=0)
+    assert [launch["kernel"] for launch in launches] in (["sample_row"] * 2, ["sample_cluster", "sample_greedy"])
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [

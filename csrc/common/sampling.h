@@ -24,8 +24,9 @@
 namespace gqa::sampling {
 
 constexpr uint32_t kBins = 351;
-constexpr uint32_t kExcluded = kBins;   // the bin of tokens without mass
-constexpr int64_t kMaxVocab = 1 << 18;  // keeps every product of a sum and a scale below 2^63
+constexpr uint32_t kExcluded = kBins;                  // the bin of tokens without mass
+constexpr int64_t kMaxVocab = 1 << 18;                 // keeps every product of a sum and a scale below 2^63
+constexpr uint32_t kLeastM = 502060, kMostM = 547500;  // of any token with mass
 constexpr uint64_t kTopPOff = uint64_t{1} << 32;
 constexpr uint32_t kInfinityKey = 0xff800000u;  // key() of +inf
 constexpr uint32_t kLowestKey = 0x007fffffu;    // key() of -inf; only NaN, whose key is 0, lies below
@@ -106,20 +107,28 @@ struct Weight {
   uint32_t m;
 };
 
-GQA_HOST_DEVICE Weight weigh(float t) {
-  const float clamped = t < -43.75f ? -43.75f : t;
-  const float rounded = add(clamped, 0x1.8p20f);  // one unit in the last place is 1/8
-  const float f = sub(clamped, sub(rounded, 0x1.8p20f));
+// For t from -43.75 up.
+GQA_HOST_DEVICE Weight weigh_unchecked(float t) {
+  const float rounded = add(t, 0x1.8p20f);  // one unit in the last place is 1/8
+  const float f = sub(t, sub(rounded, 0x1.8p20f));
   float p = add(mul(f, 29102.869f), 125967.57f);
   p = add(mul(p, f), 363408.75f);
   p = add(mul(p, f), 0x1.1p23f);  // 2^23 + 2^19: the sum is rounded to an integer
-  return {t < -43.75f ? kExcluded : 0x49c00000u - to_bits(rounded), to_bits(p) - 0x4b000000u};
+  return {0x49c00000u - to_bits(rounded), to_bits(p) - 0x4b000000u};
+}
+
+GQA_HOST_DEVICE Weight weigh(float t) {
+  const Weight weight = weigh_unchecked(t < -43.75f ? -43.75f : t);
+  return {t < -43.75f ? kExcluded : weight.bin, weight.m};
 }
 
 // round(2^24 * 2^(-bin / 8)) for the bin's place in its octave.
 GQA_HOST_DEVICE uint64_t bin_scale(uint32_t bin) {
-  constexpr uint32_t scales[8] = {16777216, 15384775, 14107901, 12937002, 11863283, 10878679, 9975792, 9147842};
-  return scales[bin & 7];
+  const bool odd = bin & 1;
+  const uint32_t a = odd ? 15384775 : 16777216, b = odd ? 12937002 : 14107901;
+  const uint32_t c = odd ? 10878679 : 11863283, d = odd ? 9147842 : 9975792;
+  const uint32_t low = bin & 2 ? b : a, high = bin & 2 ? d : c;
+  return bin & 4 ? high : low;
 }
 
 GQA_HOST_DEVICE uint64_t bin_mass(uint64_t sum, uint32_t bin) { return sum * bin_scale(bin) >> (bin >> 3); }

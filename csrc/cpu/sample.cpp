@@ -103,7 +103,7 @@ struct Token {
 };
 
 template <typename T>
-class Row {
+class Row : public Filters<Row<T>> {
  public:
   Row(const gqa_sample_params &p, int64_t row)
       : logits_(static_cast<const T *>(p.logits) + row * p.logits_stride),
@@ -292,9 +292,10 @@ class Row {
 
 template <typename T>
 void sample_rows(const gqa_sample_params *p, int64_t first, int64_t last) {
+  const Settings of_call = settings_of(*p);
   for (int64_t i = first; i < last; ++i) {
     Row<T> row(*p, i);
-    const Drawn drawn = draw(row, load_settings(*p, i), p->vocab);
+    const Drawn drawn = draw(row, load_settings(*p, of_call, i), load_random(*p, i), p->vocab);
     p->ids[i] = drawn.id;
     if (p->valid != nullptr) p->valid[i] = drawn.valid;
     if (p->logprob != nullptr) p->logprob[i] = drawn.logprob();

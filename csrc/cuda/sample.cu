@@ -53,7 +53,7 @@ struct Shared {
 
 // kAdjusted: with penalties, a bias or a bitmask.
 template <typename T, bool kAdjusted>
-class Row {
+class Row : public Filters<Row<T, kAdjusted>> {
  public:
   __device__ Row(const T *z, int vocab, const Adjustments<T> *by, Shared *shared, uint32_t *cells)
       : z_(z), vocab_(vocab), by_(*by), shared_(*shared), cells_(cells) {}
@@ -169,7 +169,7 @@ class Row {
     const int share = (stretch + kThreads - 1) / kThreads;
     const int first = min(start + static_cast<int>(threadIdx.x) * share, end), last = min(first + share, end);
     sum = 0;
-    for (int i = first; i < last; ++i) sum += weight_in(kept, bin, logit(i, z_[i]));
+    for (int i = first; i < last; ++i) sum += weight_in(kept, bin, logit(i));
     const Crossing in_stretch = cross(sum, need);
     need -= in_stretch.before;
     if (static_cast<int>(threadIdx.x) == in_stretch.thread) {
@@ -177,7 +177,7 @@ class Row {
       int i = first - 1;
       for (sum = 0; sum < need; sum += m) {
         ++i;
-        m = weight_in(kept, bin, logit(i, z_[i]));
+        m = weight_in(kept, bin, logit(i));
       }
       shared_.picked = {i, m};
     }
@@ -189,9 +189,8 @@ class Row {
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
 
-  // Of token i, given as it is in memory.
-  __device__ __forceinline__ float logit(int i, T raw) const {
-    const float z = to_float(raw);
+  __device__ __forceinline__ float logit(int i) const {
+    const float z = to_float(z_[i]);
     if constexpr (!kAdjusted) return z;
     const int32_t count = by_.counts == nullptr ? 0 : by_.counts[i];
     const float bias = by_.bias == nullptr ? 0.0f : by_.with_bias([&](auto *of) { return to_float(of[i]); });
@@ -203,7 +202,7 @@ class Row {
   __device__ __forceinline__ void for_each(int begin, int end, int thread, int threads, F &&f) const {
     if constexpr (kAdjusted) {  // neighbours to neighbouring threads, whatever the alignment of each tensor
 #pragma unroll 4
-      for (int i = begin + thread; i < end; i += threads) f(i, logit(i, z_[i]));
+      for (int i = begin + thread; i < end; i += threads) f(i, logit(i));
       return;
     }
     constexpr int kSize = Vec<T>::kSize;
@@ -211,16 +210,16 @@ class Row {
     const int body = min(begin + (kSize - misaligned) % kSize, end);
     const int vectors = (end - body) / kSize;
     const int tail = body + vectors * kSize;
-    for (int i = begin + thread; i < body; i += threads) f(i, logit(i, z_[i]));
+    for (int i = begin + thread; i < body; i += threads) f(i, logit(i));
     Vec<T> next;
     if (thread < vectors) next = load_vec(z_ + body + thread * kSize);
     for (int v = thread; v < vectors; v += threads) {
       const Vec<T> vec = next;
       if (v + threads < vectors) next = load_vec(z_ + body + (v + threads) * kSize);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) f(body + v * kSize + i, logit(body + v * kSize + i, vec.value[i]));
+      for (int i = 0; i < kSize; ++i) f(body + v * kSize + i, to_float(vec.value[i]));
     }
-    for (int i = tail + thread; i < end; i += threads) f(i, logit(i, z_[i]));
+    for (int i = tail + thread; i < end; i += threads) f(i, logit(i));
   }
 
   // m of a token that belongs to `bin` and is kept, else 0.
@@ -268,7 +267,7 @@ class Row {
 };
 
 template <typename T, bool kAdjusted>
-__global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_params p) {
+__global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_params p, const Settings of_call) {
   extern __shared__ uint32_t cells[];
   __shared__ Shared shared;
   __shared__ Adjustments<T> by;
@@ -279,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_param
   }
   const T *z = static_cast<const T *>(p.logits) + at * p.logits_stride;
   Row<T, kAdjusted> row(z, static_cast<int>(p.vocab), &by, &shared, cells);
-  const Drawn drawn = draw(row, load_settings(p, at), p.vocab);
+  const Drawn drawn = draw(row, load_settings(p, of_call, at), load_random(p, at), p.vocab);
   if (threadIdx.x != 0) return;
   p.ids[at] = drawn.id;
   if (p.valid != nullptr) p.valid[at] = drawn.valid;
@@ -296,11 +295,15 @@ extern "C" gqa_status gqa_sample_cuda(const gqa_sample_params *p, CUstream_st *s
   gqa_device device;
   GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
   GQA_RETURN_IF_ERROR(gqa_sample_plan(p, &device, &plan));
-  if (plan.launches[0].variant != 0) return gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
+  if (plan.launches[0].variant != 0) {
+    const bool greedy = plan.launches[0].shared_memory == 0;
+    return greedy ? gqa::cuda::launch_sample_greedy(*p, plan.launches[0], stream)
+                  : gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
+  }
   return gqa::cuda::dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto kernel =
         gqa::sampling::is_adjusted(*p) ? gqa::cuda::sample_row<T, true> : gqa::cuda::sample_row<T, false>;
-    return gqa::cuda::launch(kernel, plan.launches[0], stream, *p);
+    return gqa::cuda::launch(kernel, plan.launches[0], stream, *p, gqa::sampling::settings_of(*p));
   });
 }

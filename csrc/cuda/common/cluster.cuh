@@ -28,7 +28,7 @@ __device__ __forceinline__ uint32_t map_to_rank(uint32_t address, uint32_t rank)
   return mapped;
 }
 
-// Stores that complete 16 or 8 bytes of the receiving block's mbarrier.
+// Stores that complete as many bytes of the receiving block's mbarrier.
 __device__ __forceinline__ void push(uint32_t address, float a, float b, float c, float d, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
@@ -39,6 +39,24 @@ __device__ __forceinline__ void push(uint32_t address, float a, float b, float c
 __device__ __forceinline__ void push(uint32_t address, float a, float b, uint32_t barrier) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
                "f"(a), "f"(b), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void push(uint32_t address, uint32_t value, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address),
+               "r"(value), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void push(uint32_t address, unsigned long long value, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u64 [%0], %1, [%2];" ::"r"(address),
+               "l"(value), "r"(barrier)
+               : "memory");
+}
+
+__device__ __forceinline__ void push(uint32_t address, unsigned long long a, unsigned long long b, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u64 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "l"(a), "l"(b), "r"(barrier)
                : "memory");
 }
 
