@@ -110,15 +110,17 @@ class Worker {
 
   __device__ __forceinline__ void add_digits(const Order &order) {
     uint32_t *sums = &cells_.select.sums[0][lane()], *counts = &cells_.select.counts[0][lane()];
+    uint32_t one = 1;
+    asm("" : "+r"(one));  // a known 1 becomes an atomic that is slow where lanes' addresses differ
     const auto add = [&](float z) {
       const float t = exponent_of(z, max_, scale_);
       if (t > order.most) {
-        if (order.counts_above) atomicAdd(counts, 1u);
+        if (order.counts_above) atomicAdd(counts, one);
       } else if (t >= order.least) {
         const uint32_t digit = (order.high - (key(z) >> kConstantBits<T>)) >> order.shift;
         if (digit >= kDigits) return;
         atomicAdd(sums + digit * kColumns, weigh_unchecked(t).m);
-        if (order.counts) atomicAdd(counts + digit * kColumns, 1u);
+        if (order.counts) atomicAdd(counts + digit * kColumns, one);
       }
     };
     part_.for_each_near({order.lowest, order.highest}, shared_.noted[warp()], add, [](int) {});
