@@ -30,71 +30,37 @@ struct PrefillSoftmax {
   float factor[2] = {1, 1};                // of what was summed up before the last block
   bool careful = true;                     // some row of the warp has no base yet, or a huge one
 
-  // Scores become weights, as do_carefully does but where base already is about right. True where sums of values have
-  // to be multiplied by `factor`. `repeat` computes the scores once more.
+  // Scores become weights, by the base there is where a row has one. True where sums of values have to be multiplied by
+  // `factor`. `repeat` computes the scores once more.
   template <int kScores, typename Repeat>
   __device__ __forceinline__ bool weigh(float (&s)[kScores], float multiplier, Repeat &&repeat) {
-    if (careful) return weigh_carefully(s, multiplier);
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] = exp2_fast(__fmaf_rn(s[i], multiplier, -base[i / 2 % 2]));
+    const bool slow = careful;
+    bool rescale = false;
     float own[2];
-    add_up(s, own);
-    if (!__any_sync(0xffffffffu, !(own[0] <= kMost && own[1] <= kMost))) {
-      sum[0] += own[0];
-      sum[1] += own[1];
-      return false;
+    if (slow) {
+      factor[0] = factor[1] = 1.0f;
+      rescale = rate(s, multiplier, is_sound(0) ? INFINITY : kLimit, is_sound(1) ? INFINITY : kLimit, own);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) s[i] = exp2_fast(__fmaf_rn(s[i], multiplier, -base[i / 2 % 2]));
+      add_up(s, own);
     }
-    return correct(s, multiplier, own, repeat);
+    if (__any_sync(0xffffffffu, !(own[0] <= kMost && own[1] <= kMost))) {
+      if (!slow) factor[0] = factor[1] = 1.0f;
+      correct(s, multiplier, own, repeat);
+      rescale = true;
+    }
+    sum[0] += own[0];
+    sum[1] += own[1];
+    return rescale;
   }
 
-  // The same by the maximum. A row gets a new base where weights would be above 2^limit.
+  // The same by maxima, for any mask.
   template <int kScores>
-  __device__ __forceinline__ bool weigh_carefully(float (&s)[kScores], float multiplier, float limit0 = kLimit,
-                                                  float limit1 = kLimit) {
-    const float limit[2] = {limit0, limit1};
-    float top[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      // Two chains: one alone is too slow.
-      float even = s[2 * row], odd = s[2 * row + 1];
-#pragma unroll
-      for (int i = 4 + 2 * row; i < kScores; i += 4) even = fmaxf(even, s[i]), odd = fmaxf(odd, s[i + 1]);
-      even = fmaxf(even, odd);
-      even = fmaxf(even, __shfl_xor_sync(0xffffffffu, even, 1));
-      even = fmaxf(even, __shfl_xor_sync(0xffffffffu, even, 2));
-      top[row] = fmaxf(base[row], even * multiplier);
-    }
-    // Negated: also true of the first, infinite step.
-    const bool moved = !(top[0] - base[0] <= limit[0] && top[1] - base[1] <= limit[1]);
-    const bool rescale = __any_sync(0xffffffffu, moved);
-    if (rescale) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        factor[row] = 1.0f;
-        if (!(top[row] - base[row] <= limit[row])) move(row, top[row]);
-      }
-      check();
-    }
-    // In one FMA scores are exact while base is rounded: the same factor for the whole row, unless it is so large that
-    // 2^error overflows. Then scores are rounded as base was.
-    float scale[2] = {multiplier, multiplier}, from[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) from[row] = base[row] == -INFINITY ? 0.0f : base[row];
-    if (careful) {
-      const bool huge[2] = {fabsf(from[0]) > kHuge, fabsf(from[1]) > kHuge};
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        if (huge[i / 2 % 2]) s[i] = __fmul_rn(s[i], multiplier);
-      }
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if (huge[row]) scale[row] = 1.0f;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) s[i] = exp2_fast(__fmaf_rn(s[i], scale[i / 2 % 2], -from[i / 2 % 2]));
+  __device__ __forceinline__ bool weigh_carefully(float (&s)[kScores], float multiplier) {
     float own[2];
-    add_up(s, own);
+    factor[0] = factor[1] = 1.0f;
+    const bool rescale = rate(s, multiplier, kLimit, kLimit, own);
     sum[0] += own[0];
     sum[1] += own[1];
     return rescale;
@@ -115,20 +81,69 @@ struct PrefillSoftmax {
   static constexpr float kLost = 0x1p100f;  // and above: weights may have overflowed
   static constexpr float kHuge = 0x1p26f;
 
-  __device__ __forceinline__ void move(int row, float to) {
-    factor[row] = exp2_fast(base[row] - (to == -INFINITY ? 0.0f : to));
-    sum[row] *= factor[row];
+  __device__ __forceinline__ bool is_sound(int row) const { return fabsf(base[row]) <= kHuge; }
+
+  __device__ __forceinline__ float move(int row, float to) {
+    const float by = exp2_fast(base[row] - (to == -INFINITY ? 0.0f : to));
+    factor[row] *= by;
+    sum[row] *= by;
     base[row] = to;
+    return by;
   }
 
-  __device__ __forceinline__ void check() {
-    careful = __any_sync(0xffffffffu, !(fabsf(base[0]) <= kHuge && fabsf(base[1]) <= kHuge));
+  // Weights by the maximum: a row gets a new base where weights would be above 2^limit. True where one did.
+  template <int kScores>
+  __device__ __forceinline__ bool rate(float (&s)[kScores], float multiplier, float limit0, float limit1,
+                                       float (&own)[2]) {
+    const float limit[2] = {limit0, limit1};
+    float top[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      // Two chains: one alone is too slow.
+      float even = s[2 * row], odd = s[2 * row + 1];
+#pragma unroll
+      for (int i = 4 + 2 * row; i < kScores; i += 4) even = fmaxf(even, s[i]), odd = fmaxf(odd, s[i + 1]);
+      even = fmaxf(even, odd);
+      even = fmaxf(even, __shfl_xor_sync(0xffffffffu, even, 1));
+      even = fmaxf(even, __shfl_xor_sync(0xffffffffu, even, 2));
+      top[row] = fmaxf(base[row], even * multiplier);
+    }
+    // Negated: also true of the first, infinite step.
+    const bool moved = !(top[0] - base[0] <= limit[0] && top[1] - base[1] <= limit[1]);
+    const bool rescale = __any_sync(0xffffffffu, moved);
+    if (rescale) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (!(top[row] - base[row] <= limit[row])) move(row, top[row]);
+      }
+      careful = __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1)));
+    }
+    // In one FMA scores are exact while base is rounded: the same factor for the whole row, unless it is so large that
+    // 2^error overflows. Then scores are rounded as base was.
+    float scale[2] = {multiplier, multiplier}, from[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) from[row] = base[row] == -INFINITY ? 0.0f : base[row];
+    if (careful) {
+      const bool huge[2] = {fabsf(from[0]) > kHuge, fabsf(from[1]) > kHuge};
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        if (huge[i / 2 % 2]) s[i] = __fmul_rn(s[i], multiplier);
+      }
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        if (huge[row]) scale[row] = 1.0f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) s[i] = exp2_fast(__fmaf_rn(s[i], scale[i / 2 % 2], -from[i / 2 % 2]));
+    add_up(s, own);
+    return rescale;
   }
 
   // Some row's weights have become large: its base moves up by as much, and the weights are scaled like sums are. Where
-  // they have overflowed, back to the scores. A row that is NaN already stays it.
+  // they may have overflowed, back to the scores. A row that is NaN already stays it.
   template <int kScores, typename Repeat>
-  __device__ __forceinline__ bool correct(float (&s)[kScores], float multiplier, float (&own)[2], Repeat &&repeat) {
+  __device__ __forceinline__ void correct(float (&s)[kScores], float multiplier, float (&own)[2], Repeat &&repeat) {
     bool lost[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -137,25 +152,19 @@ struct PrefillSoftmax {
     }
     if (__any_sync(0xffffffffu, lost[0] || lost[1])) {
       repeat();
-      weigh_carefully(s, multiplier, lost[0] ? kLimit : INFINITY, lost[1] ? kLimit : INFINITY);
-      add_up(s, own);  // as before: not kept in registers, which are short
-    } else {
-      sum[0] += own[0];
-      sum[1] += own[1];
+      rate(s, multiplier, lost[0] ? kLimit : INFINITY, lost[1] ? kLimit : INFINITY, own);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float most = fmaxf(own[row], __shfl_xor_sync(0xffffffffu, own[row], 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      if (lost[row]) continue;
-      factor[row] = 1.0f;
-      if (!(most > kMost && most < kLost)) continue;
-      move(row, base[row] + static_cast<float>((__float_as_int(most) >> 23) - 127));
+      if (lost[row] || !(most > kMost && most < kLost)) continue;
+      const float by = move(row, base[row] + static_cast<float>((__float_as_int(most) >> 23) - 127));
+      own[row] *= by;
 #pragma unroll
-      for (int i = 2 * row; i < kScores; i += 4) s[i] *= factor[row], s[i + 1] *= factor[row];
+      for (int i = 2 * row; i < kScores; i += 4) s[i] *= by, s[i + 1] *= by;
     }
-    check();
-    return true;
+    careful = __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1)));
   }
 };
 
