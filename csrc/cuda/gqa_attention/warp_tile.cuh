@@ -1,6 +1,8 @@
 // What one warp does with a block of keys: scores, online softmax, weighted sum of values, all in registers.
 #pragma once
 
+#include <cfloat>
+
 #include "cuda/gqa_attention/key_loader.cuh"
 #include "plan/gqa_attention.h"
 
@@ -11,8 +13,7 @@ namespace gqa::cuda {
 template <typename T, int kIndex>
 struct WarpTile {
   static constexpr AttentionShape kShape = kAttentionShapes[kIndex];
-  static constexpr int kDim = kShape.dim, kKeys = kShape.keys, kTiles = kShape.tiles;
-  static constexpr bool kHoldsQueries = kTiles == 1 && kDim <= 128;
+  static constexpr int kDim = kShape.dim, kKeys = kShape.keys, kTiles = kShape.tiles, kHeld = kShape.held;
   using Scores = float[kTiles][kKeys / 8][4];
 
   int lane, row0;      // the warp's first row in the block of rows
@@ -20,28 +21,31 @@ struct WarpTile {
   const int2 *ranges;  // keys of each row of the block
   LaneAddress<kDim, false> down;
   LaneAddress<kDim, true> across;
-  uint32_t held[kHoldsQueries ? kDim / 16 : 1][4];
+  uint32_t held[kTiles][kHeld == 0 ? 1 : kHeld][4];
   float out[kTiles][kDim / 8][4];
-  float highest[kTiles][2];  // in log2 units
-  float sum[kTiles][2];      // this thread's columns' share
-  uint32_t left_out = 0;     // not 0: values that add_left_out has to bring in
+  float base[kTiles][2];  // of the weights, in log2 units: a row's highest score, or up to kSlack less
+  float sum[kTiles][2];   // this thread's columns' share
+  bool left_out;          // there are values that add_left_out has to bring in
+  bool huge;              // a base is beyond kHuge
 
   __device__ WarpTile(int lane_, int row0_, uint32_t queries_, const int2 *ranges_)
       : lane(lane_), row0(row0_), queries(queries_), ranges(ranges_), down(lane_), across(lane_) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      highest[t][0] = highest[t][1] = -INFINITY;
-      sum[t][0] = sum[t][1] = 0;
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0;
+      for (int step = 0; step < kHeld; ++step) load_matrices(held[t][step], down.at(queries, row0 + 16 * t, step));
     }
   }
 
-  // After the query tile is in shared memory.
-  __device__ void hold_queries() {
-    if constexpr (kHoldsQueries) {
+  __device__ void clear() {
+    left_out = false;
+    huge = false;
 #pragma unroll
-      for (int step = 0; step < kDim / 16; ++step) load_matrices(held[step], down.at(queries, row0, step));
+    for (int t = 0; t < kTiles; ++t) {
+      base[t][0] = base[t][1] = -FLT_MAX;
+      sum[t][0] = sum[t][1] = 0;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0;
     }
   }
 
@@ -54,18 +58,32 @@ struct WarpTile {
     return begin >= ranges[row0 + 16 * kTiles - 1].x && begin + kKeys <= ranges[row0].y;
   }
 
-  // Takes in the keys and values of one block, whose first key is `begin`. `full`: every row attends to every key.
-  __device__ void attend(const AttentionArgs &a, uint32_t k, uint32_t v, int begin, bool full) {
-    Scores s;
+  // Scores of the keys of one block, whose first key is `begin`. `full`: every row attends to every key.
+  __device__ void score(const AttentionArgs &a, Scores &s, uint32_t k, int begin, bool full) const {
     multiply_keys(s, k);
     if (a.transforms) transform(a, s);
     if (!full) mask(s, begin);
-    weigh(s, a.multiplier);
-    if (full) {
-      add_values<false>(s, v);
+  }
+
+  // Takes in the values of the block. `carefully`: some of those that not every row attends to may not be finite.
+  __device__ void add(Scores &s, uint32_t v, float multiplier, bool carefully) {
+    weigh(s, multiplier);
+    if (carefully) {
+      left_out = add_values<true>(s, v) != 0 || left_out;
     } else {
-      left_out |= add_values<true>(s, v);
+      add_values<false>(s, v);
     }
+  }
+
+  // Whether something met an infinity or NaN.
+  __device__ bool is_spoilt() const {
+    float zero = 0;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) zero = __fmaf_rn(out[t][i / 4][i % 4], 0.0f, zero);
+    }
+    return zero != 0;
   }
 
   __device__ int2 range_of(int t, int half) const { return ranges[row0 + 16 * t + 8 * half + lane / 4]; }
@@ -104,7 +122,7 @@ struct WarpTile {
     }
   }
 
-  __device__ void multiply_keys(Scores &s, uint32_t k) {
+  __device__ void multiply_keys(Scores &s, uint32_t k) const {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -115,9 +133,9 @@ struct WarpTile {
       uint32_t q[kTiles][4];
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        if constexpr (kHoldsQueries) {
+        if (step < kHeld) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) q[t][i] = held[step][i];
+          for (int i = 0; i < 4; ++i) q[t][i] = held[t][step][i];
         } else {
           load_matrices(q[t], down.at(queries, row0 + 16 * t, step));
         }
@@ -153,41 +171,83 @@ struct WarpTile {
     }
   }
 
-  // Scores become weights relative to the highest score so far; sums and outputs are rescaled to it.
+  // A base moves only when a score exceeds it by this much (in log2 units), so weights reach 2^kSlack.
+  static constexpr float kSlack = 8;
+  // Beyond it a product's rounding error no longer vanishes beside the slack.
+  static constexpr float kHuge = 1 << 24;
+
+  // Scores become weights, 2^(score - base). What is decided about a row follows from its own scores alone.
   __device__ void weigh(Scores &s, float multiplier) {
+    float top[kTiles][2], shift[kTiles][2];
+    bool exceeded = huge;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      float factor[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // fmaxf passes over a NaN; its weight below is NaN and so is the sum.
-        float top = -INFINITY;
+        top[t][half] = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[t][n][2 * half], s[t][n][2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        top = fmaxf(highest[t][half], top * multiplier);
-        const float base = top == -INFINITY ? 0.0f : top;
-        factor[half] = exp2_fast(highest[t][half] - base);
-        highest[t][half] = top;
+        for (int n = 0; n < kKeys / 8; ++n) {
+          top[t][half] = fmaxf(top[t][half], fmaxf(s[t][n][2 * half], s[t][n][2 * half + 1]));
+        }
+        shift[t][half] = base[t][half];
+        exceeded = exceeded || __fmaf_rn(top[t][half], multiplier, -base[t][half]) > kSlack;
+      }
+    }
+    if (__any_sync(0xffffffffu, exceeded)) move_bases(s, top, shift, multiplier);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
         float added = 0;
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float &score = s[t][n][2 * half + i];
-            // Not one FMA: the product has to round as `top` did, or huge scores would miss their own maximum.
-            score = exp2_fast(__fmul_rn(score, multiplier) - base);
+            score = exp2_fast(__fmaf_rn(score, multiplier, -shift[t][half]));
             added += score;
           }
         }
-        sum[t][half] = __fmaf_rn(sum[t][half], factor[half], added);
+        sum[t][half] += added;
       }
-      if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
+    }
+  }
+
+  // Bases of rows with a score far above become that score; sums and outputs are rescaled. Where a base is huge, the
+  // scores themselves become relative to it, with products that round as the base did.
+  __device__ void move_bases(Scores &s, float (&top)[kTiles][2], float (&shift)[kTiles][2], float multiplier) {
+    const float unit = __fdividef(1.0f, multiplier);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float &now = base[t][half];
+        float highest = fmaxf(top[t][half], __shfl_xor_sync(0xffffffffu, top[t][half], 1));
+        highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
+        float factor = 1;
+        if (__fmaf_rn(highest, multiplier, -now) > kSlack) {
+          const float next = __fmul_rn(highest, multiplier);
+          factor = exp2_fast(now - next);
+          now = next;
+        }
+        sum[t][half] *= factor;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n) {
+          out[t][n][2 * half] *= factor;
+          out[t][n][2 * half + 1] *= factor;
+        }
+        const bool far = fabsf(now) > kHuge && now != -FLT_MAX;
+        shift[t][half] = far ? 0.0f : now;
+        huge = huge || far;
+        if (!far) continue;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) out[t][n][i] *= factor[i / 2];
+        for (int n = 0; n < kKeys / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float &score = s[t][n][2 * half + i];
+            score = (__fmul_rn(score, multiplier) - now) * unit;
+          }
         }
       }
     }
