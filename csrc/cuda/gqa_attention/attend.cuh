@@ -101,13 +101,13 @@ __device__ void write_rows(const AttentionArgs &a, const Queries &queries, const
   for (int t = 0; t < kShape.tiles; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = tile.sum[t][half];
+      float sum = tile.softmax.sum[t][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int row = tile.row0 + 16 * t + 8 * half + tile.lane / 4;
       if (row >= range.rows) continue;
       const float factor =
-          finish_row<T>(a, queries, split, range.row0 + row, tile.base[t][half], sum, tile.lane % 4 == 0);
+          finish_row<T>(a, queries, split, range.row0 + row, tile.softmax.base[t][half], sum, tile.lane % 4 == 0);
       float *partial = nullptr;
       if (a.num_splits > 1) {
         partial = a.partial_out + (split * a.rows + queries.flat(a.p, range.row0 + row)) * a.p.head_dim;
@@ -152,11 +152,11 @@ __device__ void merge_groups(const AttentionArgs &a, const Queries &queries, con
     __syncthreads();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = tile.sum[t][half];
+      float sum = tile.softmax.sum[t][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int row = 16 * group + 8 * half + tile.lane / 4;
-      if (tile.lane % 4 == 0) sums[row] = make_float2(tile.base[t][half], sum);
+      if (tile.lane % 4 == 0) sums[row] = make_float2(tile.softmax.base[t][half], sum);
 #pragma unroll
       for (int n = 0; n < kShape.dim / 8; ++n) {
         *reinterpret_cast<float2 *>(outs + row * kStride + 8 * n + 2 * (tile.lane % 4)) =
