@@ -9,7 +9,7 @@ import torch
 from support.attention import Case, Result, make_case
 from support.attention_layout import build_cache, run_cached, run_prefill
 from support.guard import Guard, same_bytes
-from test_plans import GPUS, decode
+from test_plans import GPUS, decode, plan_for, splits, wide
 
 from gqa_kernels._library import C
 
@@ -103,3 +103,14 @@ def test_blocks_of_warps_that_divide_the_keys_take_32_rows(gpu: str) -> None:
     for heads, seqlen, few in (((16, 1), 1, True), ((32, 1), 1, True), ((32, 8), 8, True), ((33, 1), 1, False)):
         launch = decode(2, 4096, heads=heads, seqlen=seqlen, gpu=gpu)["launches"][0]
         assert launch["kernel"] == ("attend_few_rows" if few else "attend_many_rows"), (heads, seqlen)
+
+
+@pytest.mark.usefixtures("portable")
+def test_short_prefill_is_not_split() -> None:
+    """128 blocks of 128 rows on 132 SMs; over a long prefix they are worth splitting."""
+    q, k = wide(1, 512, 32, 128), wide(1, 512, 8, 128)
+    assert splits(plan_for(GPUS["H200"], "gqa_attention_prefill", q, k, k)) == 1
+    cache, lengths = wide(1, 16384, 8, 128), torch.zeros(1, dtype=torch.int32)
+    assert (
+        splits(plan_for(GPUS["H200"], "gqa_attention_prefill", q, None, None, cache, cache, cache_seqlens=lengths)) > 1
+    )

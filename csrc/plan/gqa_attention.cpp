@@ -13,6 +13,7 @@ constexpr int64_t kMaxDecodeQueries = 16;
 constexpr int64_t kMaxKeys = INT32_MAX - 4096;  // key positions are int32 in the kernels
 constexpr int64_t kMaxRows = INT32_MAX / 4;     // and so are a KV head's rows
 constexpr int32_t kMaxSplits = 128;
+constexpr int64_t kShortKeys = 1024;
 constexpr int32_t kInvariantSplits = 16;
 constexpr int32_t kInvariantChunk = 256;
 
@@ -158,7 +159,9 @@ void plan_splits(const gqa_attention_params *p, const gqa_device &device, Attent
     plan->plan.reason = "batch_invariant: many rows, so no splits";
   } else {
     const int64_t blocks = p->batch * p->num_kv_heads * plan->row_blocks;
-    const int64_t slots = device.num_sms * resident_blocks(shape, device);
+    // A block of many rows that has an SM for itself is through few keys sooner than two that share them and it.
+    const bool alone = shape.groups == 1 && keys / kCapacityUnit <= kShortKeys / kCapacityUnit;
+    const int64_t slots = device.num_sms * (alone ? 1 : resident_blocks(shape, device));
     // Rounded down, so that a cache in pages, whose last one may reach past a contiguous cache of that capacity, is
     // divided like that one and gives the same bytes.
     plan->num_splits = choose_splits(blocks, slots, keys / kCapacityUnit * kCapacityUnit);
