@@ -88,7 +88,7 @@ const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *
 }
 
 DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  DecodePlan plan{find_shape(p, device, keys), 1, DecodeCache::kContiguous, 0};
+  DecodePlan plan{find_shape(p, device, keys), 1, DecodeCache::kContiguous, false, 0};
   const DecodeShape &shape = kDecodeShapes[plan.shape];
   // Blocks to aim for: half an SM's worth of large ones, one an SM, or two of three small ones.
   const int64_t sms = device->num_sms;
@@ -104,6 +104,9 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
   } else if (p->block_table.data != nullptr) {
     plan.cache = DecodeCache::kPaged;
   }
+  plan.plain = plan.cache != DecodeCache::kAny && p->seqlen_q == 1 && p->k == nullptr && p->rotary.cos == nullptr &&
+               p->cache_leftpad.data == nullptr && (p->window_left < 0 || p->window_left >= p->cache_capacity) &&
+               p->softcap == 0;
   const int64_t slots = ceil_div<int64_t>(query_rows(p) * (shape.dim / 32), cluster);
   plan.shared_memory =
       decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.row_tiles) + slots * cluster * kDecodeUnitBytes;
