@@ -9,6 +9,7 @@
 // Determinism: fixed order of sums; they depend on the sequence's own length and on the number of blocks that share it.
 #pragma once
 
+#include "cuda/common/programmatic_launch.cuh"
 #include "cuda/gqa_attention_decode_sm90/finish.cuh"
 #include "cuda/gqa_attention_decode_sm90/loads.cuh"
 #include "cuda/gqa_attention_decode_sm90/new_keys.cuh"
@@ -51,6 +52,12 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
     } else {
       copy_async_wait<C::kStages - 1>();
     }
+    if (C::kPlain && i == 0 && key + kTile > end) {  // loaded ahead of the length: nobody sees the values from `end` on
+      __syncwarp();
+      for (int at = (end - key) * C::kRowBytes + 16 * t.lane; at < C::kTileBytes; at += 512) {
+        store_shared16(stage + C::kTileBytes + at, {});
+      }
+    }
     __syncwarp();
     if (is_new) append_new_keys(p, t, ring + offset);
     uint32_t weights[C::kRowTiles][2];
@@ -81,9 +88,6 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   t.head = blockIdx.y, t.b = blockIdx.z;
   t.stride = t.cluster * C::kWarps, t.first = t.rank * C::kWarps + t.warp;
 
-  Length length, padding;
-  length.load(p.cache_seqlens, t.b, t.lane * p.zero);
-  if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
   if (t.cluster > 1) {
     if (threadIdx.x == 0) {
       mbarrier_init(shared_base + C::kBarrier, 1);
@@ -95,6 +99,10 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   t.k_head = p.k_cache + t.head * p.k_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.k_outer);
   t.v_head = p.v_cache + t.head * p.v_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.v_outer);
   const Loader<C> loader(t.lane);
+  wait_for_prerequisites();
+  Length length, padding;
+  length.load(p.cache_seqlens, t.b, t.lane * p.zero);
+  if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
   const bool rotates = !C::kPlain && p.rotary.cos != nullptr;
   char *ring = shared + t.warp * C::kWarpBytes;
   if constexpr (C::kPlain) {  // rows below the capacity exist: the first tile is loaded whatever the length
@@ -142,6 +150,7 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   Sums<C> sums;
   sums.clear();
   attend(p, t, loader, work, queries, ahead, ring, &sums);
+  launch_dependents();  // not sooner: the next kernel's blocks would take the room of ours that have not begun
 
   if constexpr (C::kPlain) copy_async_wait<0>();  // for a first tile that nobody wanted
   __syncwarp();

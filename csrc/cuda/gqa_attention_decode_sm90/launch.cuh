@@ -1,7 +1,7 @@
 // Launches the instances of decode_ring of one dtype and width. Included by one small file each.
 #pragma once
 
-#include "cuda/common/launch.cuh"
+#include "cuda/common/programmatic_launch.cuh"
 #include "cuda/gqa_attention_decode_sm90/decode_ring.cuh"
 
 namespace gqa::cuda::decode_sm90 {
@@ -18,16 +18,16 @@ gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_
   if (plan.num_splits > 8) {
     GQA_RETURN_IF_ERROR(check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.num_splits), 1, 1};
+  cudaLaunchAttribute attributes[2] = {{}, programmatic_attribute()};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.num_splits), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.grid[0], plan.grid[1], plan.grid[2]);
   config.blockDim = dim3(plan.block[0]);
   config.dynamicSmemBytes = plan.shared_memory;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return check_cuda(cudaLaunchKernelEx(&config, kKernel, args));
 }
 

@@ -90,23 +90,10 @@ struct Sums {
     }
   }
 
-  // Masks of this thread's pairs of keys, as the values' operand has them: those in [low, high).
-  __device__ static void see(const Block<C> &t, int key, int low, int high, uint32_t (&seen)[2]) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int first = key + 8 * e + 2 * t.c;
-      seen[e] =
-          (first >= low && first < high ? 0x0000ffffu : 0) | (first + 1 >= low && first + 1 < high ? 0xffff0000u : 0);
-    }
-  }
-
   __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end,
                       const uint32_t (&weights)[C::kRowTiles][2]) {
     const uint32_t at = tile + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
-    uint32_t seen[2] = {~0u, ~0u};
-    if constexpr (C::kPlain) {  // what was loaded before the length was known may be NaN
-      if (is_edge(p, t, key, end)) see(t, key, 0, end, seen);
-    } else if ((p.seqlen_q > 1 || end > t.row_high) && is_edge(p, t, key, end)) {
+    if (!C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && is_edge(p, t, key, end)) {
       add_edge(p, t, at, key, end, weights);
       return;
     }
@@ -114,10 +101,6 @@ struct Sums {
     for (int d = 0; d < C::kDim / 16; ++d) {
       uint32_t v[4];
       load_matrices_transposed(v, chunk_address<C>(at, d));
-      if constexpr (C::kPlain) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] &= seen[e / 2];
-      }
 #pragma unroll
       for (int n = 0; n < C::kRowTiles; ++n) {
         multiply_add<typename C::T>(o[n][d], v, weights[n][0], weights[n][1]);
@@ -132,8 +115,13 @@ struct Sums {
 #pragma unroll 1
     for (int i = 0; i < p.seqlen_q; ++i) {
       const int low = t.keys.low(i), high = min(t.keys.high(i), end);
-      uint32_t seen[2];
-      see(t, key, low, high, seen);
+      uint32_t seen[2];  // masks of this thread's pairs of keys
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int first = key + 8 * e + 2 * t.c;
+        seen[e] =
+            (first >= low && first < high ? 0x0000ffffu : 0) | (first + 1 >= low && first + 1 < high ? 0xffff0000u : 0);
+      }
 #pragma unroll
       for (int d = 0; d < C::kDim / 16; ++d) {
         uint32_t v[4];
