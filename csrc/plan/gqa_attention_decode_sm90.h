@@ -31,6 +31,7 @@ struct DecodePlan {
   int shape;        // index into kDecodeShapes
   int32_t cluster;  // blocks that share the keys of a sequence and KV head
   DecodeCache cache;
+  bool plain;  // the instance without new keys, rotation, window, padding, softcap and further query tokens
   int64_t shared_memory;
 };
 
