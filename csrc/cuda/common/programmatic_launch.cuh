@@ -7,6 +7,8 @@
 //   - launch_dependents() may come first of all: the next kernel's wait is for our end, not for this call.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/launch.cuh"
 #include "plan/plan.h"
 
@@ -25,10 +27,16 @@ __device__ __forceinline__ void wait_for_prerequisites() {
 #endif
 }
 
-// Has the compiler work an address or an offset out here, before a wait, and not after it.
+// Has the compiler work a value out here, before a wait, and not after it.
 template <typename T>
-__device__ __forceinline__ void have_ready(T address) {
-  asm volatile("" ::"l"(address));
+__device__ __forceinline__ void have_ready(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" ::"l"(value));
+  } else if constexpr (std::is_same_v<T, float>) {
+    asm volatile("" ::"f"(value));
+  } else {
+    asm volatile("" ::"r"(value));
+  }
 }
 
 __device__ __forceinline__ void prefetch_l2(const void *address) {
