@@ -1,6 +1,6 @@
 // qk_rmsnorm_rope: each head of q and k normalised by its weight and rounded, then rotated: rope(rmsnorm(q),
 // rmsnorm(k)). Vector kernel: x is the lanes of a head, a vector of 16 bytes each, y heads, z tokens. Scalar kernel: a
-// warp a head. Memory order: position, the vectors of two heads with cos and sin, weight, out; the halves of a pair
+// warp a head. Memory order: position, a vector with its weight, cos and sin, then out; the halves of a pair
 // meet by shuffle, in the scalar kernel in shared memory. Starts while the kernel before it ends. Limits: the scalar
 // kernel takes any head that fits its shared memory. Determinism: squares are summed in the order of square_sum.cuh and
 // the rotation rounds as rope's does, so the bytes are those of the two ops; in place equals out of place.
@@ -16,7 +16,6 @@ namespace gqa::cuda {
 namespace {
 
 using Params = gqa_qk_rmsnorm_rope_params;
-constexpr int kHeads = 2;
 
 __device__ float invalid() { return __int_as_float(0x7fc00000); }
 
@@ -70,64 +69,62 @@ __device__ Vec<T> from_lane(const Vec<T> &vec, int lane) {
 }
 
 template <typename T, typename W, typename C, bool kInterleaved>
-__global__ void __launch_bounds__(320, 3)
+__global__ void __launch_bounds__(320, sizeof(C) == 2 ? 2 : 3)
     qk_rmsnorm_rope_vector(const __grid_constant__ Params p, float inverse_dim, bool past_cache) {
   constexpr int kVector = Vec<T>::kSize, kAngles = kInterleaved ? kVector / 2 : kVector;
   launch_dependents();
   const uint32_t seqlen = static_cast<uint32_t>(p.seqlen), token = blockIdx.x * blockDim.z + threadIdx.z;
   const uint32_t b = token < seqlen ? 0 : token / seqlen, s = token - b * seqlen;
   const int first = threadIdx.x * kVector, half = p.rotary.dim / 2;
-  const bool inside = b < p.batch && first < p.head_dim, rotates = first < p.rotary.dim, upper = first >= half;
+  const bool inside = b < p.batch && first < p.head_dim;
+  const bool rotates = first < p.rotary.dim, upper = first >= half;
   const int lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32;
   const int partner = !rotates ? lane : upper ? lane - half / kVector : lane + half / kVector;
-  const int heads = inside ? p.num_q_heads + p.num_kv_heads : 0;
-  const int rounds = (p.num_q_heads + p.num_kv_heads + kHeads * blockDim.y - 1) / (kHeads * blockDim.y);
+  const int heads = p.num_q_heads + p.num_kv_heads, rounds = (heads + blockDim.y - 1) / blockDim.y;
+  const int pair = kInterleaved ? first / 2 : upper ? first - half : first;
+  have_ready(head_at<T, W>(p, b, s, threadIdx.y).in + first);
+  have_ready(p.rotary.cos);
+  have_ready(p.eps);
+  have_ready(static_cast<int>(past_cache));
   wait_for_prerequisites();
   const int64_t offset = inside ? rotary_offset(p.rotary, b, s, s) : -1;
-  const int pair = kInterleaved ? first / 2 : upper ? first - half : first;
 #pragma unroll 1
   for (int round = 0; round < rounds; ++round) {
-    const int head = round * kHeads * blockDim.y + threadIdx.y;
-    Vec<T> x[kHeads];
+    const int head = round * blockDim.y + threadIdx.y;
+    const bool active = inside && head < heads;
+    // All loads before the first use; nothing of what they give is used where the lane is not active.
+    const Head<T, W> at = head_at<T, W>(p, b, s, active ? head : 0);
+    Vec<T> x{};
+    Weights<T, W> weights{};
+    if (active) x = load_vec(at.in + first);
+    if (active) weights = load_weights<kVector, T>(at.weight, first, p.head_dim);
+    float cosine[kAngles], sine[kAngles];
+    load_angles<kAngles, C>(p.rotary.cos, rotates ? offset : -1, pair, cosine);
+    load_angles<kAngles, C>(p.rotary.sin, rotates ? offset : -1, pair, sine);
+    const float total = group_sum(square_sum(x), blockDim.x);
+    Vec<T> out = scaled<T, W>(x, weights, reciprocal_rms(total, inverse_dim, p.eps), p);
+    keep_packed(out);
+    Vec<T> other;
+    if constexpr (!kInterleaved) other = from_lane(out, partner);
+    if (rotates) {
+      Floats<T> value = widen(out);
+      if constexpr (kInterleaved) {
 #pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      const int h = head + i * blockDim.y;
-      if (h < heads) x[i] = load_vec(head_at<T, W>(p, b, s, h).in + first);
-    }
-#pragma unroll
-    for (int i = 0; i < kHeads; ++i) {
-      const int h = head + i * blockDim.y;
-      const float total = group_sum(h < heads ? square_sum(x[i]) : 0.0f, blockDim.x);
-      keep_packed(x[i]);
-      Weights<T, W> weights;
-      if (h < heads) weights = load_weights<kVector, T>(head_at<T, W>(p, b, s, h).weight, first, p.head_dim);
-      Vec<T> out = scaled<T, W>(x[i], weights, reciprocal_rms(total, inverse_dim, p.eps), p);
-      keep_packed(out);
-      Vec<T> other;
-      if constexpr (!kInterleaved) other = from_lane(out, partner);
-      if (h >= heads) continue;
-      if (rotates) {
-        float cosine[kAngles], sine[kAngles];  // from L1 but for the first head
-        load_angles<kAngles, C>(p.rotary.cos, offset, pair, cosine);
-        load_angles<kAngles, C>(p.rotary.sin, offset, pair, sine);
-        Floats<T> value = widen(out);
-        if constexpr (kInterleaved) {
-#pragma unroll
-          for (int j = 0; j < kAngles; ++j) {
-            const Pair pair = rotate_pair(value.value[2 * j], value.value[2 * j + 1], cosine[j], sine[j]);
-            value.value[2 * j] = pair.first;
-            value.value[2 * j + 1] = pair.second;
-          }
-        } else {
-          const Floats<T> across = widen(other);
-#pragma unroll
-          for (int j = 0; j < kAngles; ++j)
-            value.value[j] = rotated(value.value[j], across.value[j], cosine[j], upper ? sine[j] : -sine[j]);
+        for (int j = 0; j < kAngles; ++j) {
+          const Pair turned = rotate_pair(value.value[2 * j], value.value[2 * j + 1], cosine[j], sine[j]);
+          value.value[2 * j] = turned.first;
+          value.value[2 * j + 1] = turned.second;
         }
-        out = narrow(value);
+      } else {
+        const Floats<T> across = widen(other);
+#pragma unroll
+        for (int j = 0; j < kAngles; ++j) {
+          value.value[j] = rotated(value.value[j], across.value[j], cosine[j], upper ? sine[j] : -sine[j]);
+        }
       }
-      store<kVector>(head_at<T, W>(p, b, s, h).out, first, p.head_dim, out, past_cache);
+      out = narrow(value);
     }
+    if (active) store<kVector>(at.out, first, p.head_dim, out, past_cache);
   }
 }
 

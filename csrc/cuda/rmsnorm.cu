@@ -55,6 +55,16 @@ struct Row {
   }
 };
 
+// Kernel parameters come from memory too: those used last are fetched with the first.
+template <typename Params>
+__device__ void have_scale_ready(const Params &p, float inverse_hidden, bool past_cache) {
+  have_ready(p.eps);
+  have_ready(p.weight_offset);
+  have_ready(p.cast_before_weight);
+  have_ready(inverse_hidden);
+  have_ready(static_cast<int>(past_cache));
+}
+
 template <typename T>
 __device__ Vec<T> sum(const Vec<T> &a, const Vec<T> &b) {
   Floats<T> x = widen(a);
@@ -65,23 +75,29 @@ __device__ Vec<T> sum(const Vec<T> &a, const Vec<T> &b) {
 }
 
 // x, or x + residual rounded to T and written out, of kCount vectors of a row `step` apart: all loads, then all stores.
+// Zeros past the end of the row: no branch then parts a load from the next.
 template <int kChunk, int kCount, typename T, typename W, typename Params>
 __device__ void load_inputs(const Row<T, W, Params> &row, int first, int step, bool past_cache, Vec<T> *vecs) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+    vecs[i] = Vec<T>{};
     if (first + i * step < row.hidden) vecs[i] = load<kChunk, true>(row.x, first + i * step, row.hidden);
   }
   if constexpr (kAdds<Params>) {
     Vec<T> residual[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (first + i * step < row.hidden) residual[i] = load<kChunk, true>(row.residual, first + i * step, row.hidden);
+      residual[i] = Vec<T>{};
+      if (first + i * step < row.hidden) {
+        residual[i] = load<kChunk, true>(row.residual, first + i * step, row.hidden);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (first + i * step >= row.hidden) continue;
       vecs[i] = sum(vecs[i], residual[i]);
-      store<kChunk>(row.residual_out, first + i * step, row.hidden, vecs[i], past_cache);
+      if (first + i * step < row.hidden) {
+        store<kChunk>(row.residual_out, first + i * step, row.hidden, vecs[i], past_cache);
+      }
     }
   }
 }
@@ -94,12 +110,13 @@ __global__ void __launch_bounds__(512, 2)
   const Row<T, W, Params> row(p, blockIdx.x * blockDim.y + threadIdx.y);
   const int at = threadIdx.x * Vec<T>::kSize;
   row.have_ready_at(at);
+  have_scale_ready(p, inverse_hidden, past_cache);
   wait_for_prerequisites();
   Vec<T> x;
   load_inputs<kChunk, 1>(row, at, 0, past_cache, &x);
   Weights<T, W> weights;
   if (at < row.hidden) weights = load_weights<kChunk, T>(row.weight, at, row.hidden);
-  const float total = group_sum(at < row.hidden ? square_sum(x) : 0.0f, blockDim.x);
+  const float total = group_sum(square_sum(x), blockDim.x);
   const float rstd = reciprocal_rms(total, inverse_hidden, p.eps);
   if (at < row.hidden) store<kChunk>(row.out, at, row.hidden, scaled<T, W>(x, weights, rstd, p), past_cache);
 }
@@ -113,7 +130,8 @@ constexpr int least_blocks() {
 
 // Wider rows. What a row has beyond kHeld vectors a thread is kept in shared memory where `keeps`, else read again.
 template <int kChunk, int kHeld, typename T, typename W, typename Params>
-__global__ void __launch_bounds__(most_threads(kHeld, kChunk == Vec<T>::kSize), least_blocks<kChunk, kHeld, T, W>())
+__global__ void __launch_bounds__(most_threads(kHeld, kChunk == Vec<T>::kSize && !kAdds<Params>),
+                                  least_blocks<kChunk, kHeld, T, W>())
     norm_rows(const __grid_constant__ Params p, float inverse_hidden, bool few_rows, bool past_cache, bool keeps) {
   constexpr bool kWeightsAhead = kHeld != kMostHeld;
   extern __shared__ __align__(16) float sums[];
@@ -125,6 +143,7 @@ __global__ void __launch_bounds__(most_threads(kHeld, kChunk == Vec<T>::kSize), 
     for (int at = first; at < row.hidden; at += step) prefetch_l2(row.weight + at);
   }
   if (kHeld != kMostHeld) row.have_ready_at(first);
+  have_scale_ready(p, inverse_hidden, past_cache);
   wait_for_prerequisites();
   Vec<T> held[kHeld];
   load_inputs<kChunk, kHeld>(row, first, step, past_cache, held);
@@ -139,7 +158,7 @@ __global__ void __launch_bounds__(most_threads(kHeld, kChunk == Vec<T>::kSize), 
   const bool leader = threadIdx.x % 32 == 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const float part = group_sum(first + i * step < row.hidden ? square_sum(held[i]) : 0.0f, 32);
+    const float part = group_sum(square_sum(held[i]), 32);
     if (leader && i * warps + threadIdx.x / 32 < groups) mine[i * warps] = part;
     keep_packed(held[i]);
   }
@@ -154,7 +173,7 @@ __global__ void __launch_bounds__(most_threads(kHeld, kChunk == Vec<T>::kSize), 
       Vec<T> x;
       load_inputs<kChunk, 1>(row, at, 0, past_cache, &x);
       if (keeps && at < row.hidden) kept[(rounds - kHeld) * blockDim.x] = x;
-      const float part = group_sum(at < row.hidden ? square_sum(x) : 0.0f, 32);
+      const float part = group_sum(square_sum(x), 32);
       if (leader) mine[rounds * warps] = part;
     }
   }

@@ -103,6 +103,11 @@ __global__ void __launch_bounds__(320, 4)
   have_ready(at.in);
   have_ready(at.out);
   have_ready(offset);
+  have_ready(p.rotary.cos);
+  have_ready(p.rotary.sin);
+  have_ready(heads);
+  have_ready(p.head_dim);
+  have_ready(static_cast<int>(past_cache));
   wait_for_prerequisites();
   if (!inside) return;
   if (has_positions) offset = rotary_offset(p.rotary, b, s, s);

@@ -83,9 +83,9 @@ gqa_status gqa_qk_rmsnorm_rope_plan(const gqa_qk_rmsnorm_rope_params *p, const g
     return GQA_STATUS_OK;
   }
   while (x / 2 * vector >= p->head_dim) x /= 2;
-  // A thread takes a vector of two heads; whole warps, as lanes trade their vectors.
-  const int64_t in_warp = 32 / x, pairs = gqa::ceil_div<int64_t>(heads, 2);
-  const int64_t y = std::min(gqa::ceil_div(pairs, in_warp) * in_warp, kThreads / x);
+  // Whole warps, as lanes trade their vectors.
+  const int64_t in_warp = 32 / x;
+  const int64_t y = std::min(gqa::ceil_div(heads, in_warp) * in_warp, kThreads / x);
   const int64_t z = std::min<int64_t>(std::max<int64_t>(kFullBlock / (x * y), 1), std::min<int64_t>(tokens, 64));
   gqa::add_launch(plan, gqa::make_launch("qk_rmsnorm_rope", "qk_rmsnorm_rope_vector", p->dtype,
                                          {gqa::ceil_div(tokens, z)}, {x, y, z}, 0, variant.encode()));

@@ -65,7 +65,7 @@ gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   NormVariant variant{};
   variant.chunk = static_cast<int>(row_chunk(p, vector));
   variant.held = narrow ? 0 : vectors <= kLightVectors ? light_held<Params>() : kMostHeld;
-  const int64_t most = most_threads(variant.held, variant.chunk == vector);
+  const int64_t most = most_threads(variant.held, variant.chunk == vector && light_held<Params>() == 2);
   variant.few_rows = rows <= kFewRowsLimit;
   variant.past_cache = rows * p->hidden * element * tensors >= kPastCache;
   // x threads take a row: a power of two where they are less than a warp. Many narrow rows share a block.

@@ -15,9 +15,8 @@ constexpr int light_held() {
   return std::is_same_v<Params, gqa_add_rmsnorm_params> ? 1 : 2;
 }
 
-constexpr int most_threads(int held, bool whole_vectors) {
-  return held == 1 ? 512 : held == 2 ? 256 : whole_vectors ? 1024 : 512;
-}
+// `light`: whole vectors and no residual, which leaves registers for more threads.
+constexpr int most_threads(int held, bool light) { return held == 1 ? 512 : held == 2 ? 256 : light ? 1024 : 512; }
 
 // Which instance of the kernels, as gqa_launch.variant holds it.
 struct NormVariant {
