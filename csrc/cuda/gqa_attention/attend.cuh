@@ -72,9 +72,9 @@ __device__ void load_queries(const AttentionArgs &a, const Queries &queries, con
         chunk = load_unaligned(from + first);
       }
     }
-    store_shared(tile + shared_offset<kShape.dim>(row, first / 8), chunk);
+    store_shared16(tile + shared_offset<kShape.dim>(row, first / 8), chunk);
   }
-  commit_copies();
+  copy_async_commit();
 }
 
 // Writes what a row has once, its lse or its partial sums, and returns the factor of its outputs.
@@ -238,14 +238,14 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
   const auto place = [&](int i) { return ring + i % kShape.stages * (2 * kShape.block_bytes()); };
   const auto load_keys = [&](int i) {
     if (i < blocks) loader.load_keys(a, begin + i * kStep, place(i));
-    if (kInTurns) commit_copies();
+    if (kInTurns) copy_async_commit();
   };
   const auto load_values = [&](int i) {
     if (i < blocks) {
       loader.load_values(a, begin + i * kStep, place(i) + kShape.block_bytes());
       loader.find_page(a, begin + (i + 1) * kStep);
     }
-    commit_copies();
+    copy_async_commit();
   };
   const auto start = [&] {
     loader.find_page(a, begin);
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
   };
   // What was copied is there for all warps of the group, and all are done with what they read before.
   const auto meet = [&] {
-    wait_copies<kPending>();
+    copy_async_wait<kPending>();
     if constexpr (kAlone) {
       __syncwarp();
     } else {
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
   }
   __syncthreads();
   start();
-  wait_copies<kInTurns ? 1 : kShape.stages - 1>();  // of the queries
+  copy_async_wait<kInTurns ? 1 : kShape.stages - 1>();  // of the queries
   __syncthreads();
 
   WarpTile<T, kIndex> tile(lane, warp * 16 * kShape.tiles, query_tile, ranges);

@@ -1,7 +1,7 @@
 // Blocks of keys and values on their way from global to shared memory.
 #pragma once
 
-#include "cuda/common/cp_async.cuh"
+#include "cuda/common/async_copy.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/gqa_attention/args.cuh"
 
@@ -165,7 +165,7 @@ class KeyLoader {
         chunk = from < 0 ? make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu)
                          : load_unaligned(base + from + (part * kLanes + lane_ % kLanes) * 8);
       }
-      store_shared(to + offset(step) + part * kLanes * 16, chunk);
+      store_shared16(to + offset(step) + part * kLanes * 16, chunk);
     }
   }
 
