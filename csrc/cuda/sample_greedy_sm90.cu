@@ -17,16 +17,19 @@ namespace {
 using namespace gqa::sampling;
 
 constexpr int kThreads = kSampleGreedyThreads;
-constexpr int kWarps = kThreads / 32;
-constexpr int kBatch = 8;
+// Code for older devices uses none of the following.
+[[maybe_unused]] constexpr int kWarps = kThreads / 32;
+[[maybe_unused]] constexpr int kBatch = 8;
 constexpr uint32_t kAll = 0xffffffffu, kNowhere = kAll >> 1;
 
 // The largest key of tokens, the first place that holds it, and whether any token is a NaN.
 struct Best {
   uint32_t key, index, nan;
-
-  __device__ unsigned long long word() const { return static_cast<unsigned long long>(key) << 32 | nan << 31 | index; }
 };
+
+[[maybe_unused]] __device__ __forceinline__ unsigned long long word_of(const Best &best) {
+  return static_cast<unsigned long long>(best.key) << 32 | best.nan << 31 | best.index;
+}
 
 __device__ __forceinline__ Best best_of_warp(const Best &mine) {
   const uint32_t largest = __reduce_max_sync(kAll, mine.key);
@@ -34,7 +37,7 @@ __device__ __forceinline__ Best best_of_warp(const Best &mine) {
           static_cast<uint32_t>(__any_sync(kAll, mine.nan))};
 }
 
-__device__ __forceinline__ Best best_of_words(const unsigned long long *words, uint32_t count) {
+[[maybe_unused]] __device__ __forceinline__ Best best_of_words(const unsigned long long *words, uint32_t count) {
   const unsigned long long word = words[min(threadIdx.x % 32, count - 1)];
   const uint32_t low = static_cast<uint32_t>(word);
   return best_of_warp({static_cast<uint32_t>(word >> 32), low & kNowhere, low >> 31});
@@ -124,13 +127,13 @@ __global__ void __launch_bounds__(kThreads, 2) sample_greedy(const __grid_consta
     best.nan = edge.nan;
     if (edge.key > best.key || (edge.key == best.key && edge.index < best.index)) best = edge;
   }
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = best.word();
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = word_of(best);
   __syncthreads();
   cluster_wait();
   if (threadIdx.x >= 32) return;
   best = best_of_words(of_warp, kWarps);
   if (threadIdx.x == 0) {
-    push(map_to_rank(static_cast<uint32_t>(__cvta_generic_to_shared(of_block + rank)), 0), best.word(),
+    push(map_to_rank(static_cast<uint32_t>(__cvta_generic_to_shared(of_block + rank)), 0), word_of(best),
          map_to_rank(arrived, 0));
   }
   if (rank != 0) return;

@@ -18,8 +18,8 @@ namespace {
 #endif
 
 // The largest of the blocks' values, in every warp; the controllers send them.
-__device__ __forceinline__ uint32_t row_max(const Exchange &exchange, bool sends, uint32_t of_block,
-                                            uint32_t *of_blocks, Message message) {
+[[maybe_unused]] __device__ __forceinline__ uint32_t row_max(const Exchange &exchange, bool sends, uint32_t of_block,
+                                                             uint32_t *of_blocks, Message message) {
   if (sends && lane() < exchange.blocks) exchange.send(lane(), of_blocks + exchange.rank, message, of_block);
   exchange.receive(message);
   return __reduce_max_sync(kAll, lane() < exchange.blocks ? of_blocks[lane()] : 0);
