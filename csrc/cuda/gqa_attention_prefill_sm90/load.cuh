@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_tiles(const PrefillArgs &a, const CUtensorM
   for (int round = 0;; ++round) {
     PrefillWork work{};
     do find_work<Tile>(a, turn++, work);
-    while (work.task != PrefillTask::kDone && work.row0 >= work.queries);
+    while (work.task != PrefillTask::kDone && work.row0 + Tile::kRows <= 0);
     // Scores of the tile before are done, so the place that the tile before that had is free.
     mbarrier_wait(barriers.query_empty(), (round & 1) ^ 1);
     shared_work[round & 1] = work;

@@ -75,6 +75,11 @@ struct PrefillRows {
     v = values_turn - v;
   }
 
+  __device__ __forceinline__ void skip_block() {
+    k = keys_turn - k;
+    v = values_turn - v;
+  }
+
   __device__ __forceinline__ void pack_weights() {
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
@@ -85,7 +90,7 @@ struct PrefillRows {
     const gqa_attention_params &p = a.p;
     const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
     const T *q = static_cast<const T *>(p.q) + work.q_batch * p.q_stride[0] +
-                 (work.q_start + min(row0, work.queries - 1)) * p.q_stride[1] + work.head * p.q_stride[2] + column;
+                 (work.q_start + max(row0, 0)) * p.q_stride[1] + work.head * p.q_stride[2] + column;
     const auto pair = [](const T *at) { return *reinterpret_cast<const uint32_t *>(at); };
 #pragma unroll 1
     for (int n = 0; n < kKeys / 8; ++n) {
@@ -94,8 +99,8 @@ struct PrefillRows {
 #pragma unroll 1
       for (int d = 0; d < p.head_dim; d += 16) {
         // Not kept in registers, which are short.
-        const int last = work.queries - 1, row = first_row(work, afresh(threadIdx.x));
-        const T *lower = q + d + (min(row + 8, last) - min(row, last)) * p.q_stride[1];
+        const int row = first_row(work, afresh(threadIdx.x));
+        const T *lower = q + d + (max(row + 8, 0) - max(row, 0)) * p.q_stride[1];
         const bool both = d + 8 < p.head_dim;
         const auto second = [&](const T *at) { return both ? pair(at + 8) : 0u; };
         const uint32_t x[4] = {pair(q + d), pair(lower), second(q + d), second(lower)};
@@ -178,11 +183,11 @@ struct PrefillRows {
         trade<1>(x[2], x[3], odd);
         trade<2>(x[0], x[2], upper);
         trade<2>(x[1], x[3], upper);
-        if (row < work.queries && 8 * (n + corner) < p.head_dim) {
+        if (row >= 0 && 8 * (n + corner) < p.head_dim) {
           *reinterpret_cast<uint4 *>(to + 8 * n) = make_uint4(x[0], x[1], x[2], x[3]);
         }
       }
-      if (p.lse != nullptr && corner == 0 && row < work.queries) {
+      if (p.lse != nullptr && corner == 0 && row >= 0) {
         p.lse[lse_at(p, work, row)] = empty ? -INFINITY : base * kLn2 + logf(sum);
       }
     }
@@ -217,8 +222,8 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs &a, const PrefillWor
   const bool zeros = work.task == PrefillTask::kZeros;
   const float nan = __int_as_float(0x7fffffff);
   const int lane = threadIdx.x % 32;
-  for (int first = work.row0; first < work.queries; first += a.row_tiles * Tile::kRows) {
-    for (int row = first + warp; row < min(first + Tile::kRows, work.queries); row += 4 * Tile::kGroups) {
+  for (int first = work.row0; first + Tile::kRows > 0; first -= a.row_tiles * Tile::kRows) {
+    for (int row = max(first, 0) + warp; row < first + Tile::kRows; row += 4 * Tile::kGroups) {
       T *out = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + row) * p.out_stride[1] +
                work.head * p.out_stride[2];
       for (int d = lane; d < p.head_dim; d += 32) out[d] = from_float<T>(zeros ? 0.0f : nan);
@@ -260,6 +265,9 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
       return x < work.first_sure || x >= max(0, seen_end(a, work, work.row0 + 64 * group) - 1) / Tile::kKeys;
     };
     int block = uniform(work.end_block) - 1;
+    // The last block may be seen by no row of this warpgroup.
+    const bool skips =
+        block > work.first_block && uniform(seen_end(a, work, work.row0 + 64 * group + 63)) <= block * Tile::kKeys;
     PrefillSoftmax softmax;
     const auto hide_columns = [&] {
       const int column = block * Tile::kKeys + 2 * (lane % 4);
@@ -271,6 +279,15 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
 
     mbarrier_wait(barriers.key_full(at.stage), at.parity);
     turns.wait();
+    if (skips) {
+      turns.pass();
+      release(barriers.key_empty(at.stage));
+      rows.skip_block();
+      at.advance();
+      --block;
+      mbarrier_wait(barriers.key_full(at.stage), at.parity);
+      turns.wait();
+    }
     rows.start_scores();
     turns.pass();
 #pragma unroll
@@ -284,6 +301,11 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
     hide_columns();
     softmax.weigh_carefully(rows.scores, a.multiplier);
     rows.pack_weights();
+    if (skips) {
+      const RingPosition<Tile::kStages> skipped = at.before().before();
+      mbarrier_wait(barriers.value_full(skipped.stage), skipped.parity);
+      release(barriers.value_empty(skipped.stage));
+    }
 
     // Scores of this block and values of the one before it.
     const auto step = [&](auto masked) {

@@ -71,7 +71,7 @@ __device__ __forceinline__ void find_work(const PrefillArgs &a, int turn, Prefil
   const int heads = min(a.section, a.all_heads - section * a.section);
   const int head = section * a.section + within % heads;
   const bool down = ((a.all_heads - 1) / a.section - section) % 2 == 0;
-  work.row0 = (down ? a.row_tiles - 1 - within / heads : within / heads) * Tile::kRows;
+  const int from_end = down ? within / heads : a.row_tiles - 1 - within / heads;
   work.batch = head / p.num_q_heads;
   work.head = head - work.batch * p.num_q_heads;
   const bool ragged = p.cu_seqlens_q.data != nullptr;
@@ -80,11 +80,13 @@ __device__ __forceinline__ void find_work(const PrefillArgs &a, int turn, Prefil
     work.q_start = static_cast<int>(ragged_tail(p));
     work.queries = static_cast<int>(p.total_q) - work.q_start;
     work.task = PrefillTask::kZeros;
+    work.row0 = work.queries - (1 + from_end) * Tile::kRows;
     return;
   }
   const Sequence s = load_sequence(p, work.batch);
   work.q_start = static_cast<int>(s.q_start);
   work.queries = static_cast<int>(s.q_len);
+  work.row0 = work.queries - (1 + from_end) * Tile::kRows;
   work.task = s.valid ? PrefillTask::kAttend : PrefillTask::kNaN;
   const bool packed = p.k_cache == nullptr && p.cu_seqlens_k.data != nullptr;
   work.k_batch = packed ? 0 : work.batch;
@@ -92,7 +94,7 @@ __device__ __forceinline__ void find_work(const PrefillArgs &a, int turn, Prefil
   work.first_key = static_cast<int>(s.leftpad);
   work.keys = static_cast<int>(s.keys());
   work.shift = work.keys - work.queries;
-  const int last_row = min(work.row0 + Tile::kRows, work.queries) - 1;
+  const int last_row = work.row0 + Tile::kRows - 1;
   work.first_block = max(0, seen_begin(a, work, work.row0)) / Tile::kKeys;
   work.end_block = (max(0, seen_end(a, work, last_row)) + Tile::kKeys - 1) / Tile::kKeys;
   work.end_block = max(work.first_block + 1, work.end_block);
