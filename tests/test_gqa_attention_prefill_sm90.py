@@ -263,14 +263,9 @@ def test_wgmma_takes_what_it_was_built_for() -> None:
         assert launch["kernel"] != "prefill_wgmma" and why in reason, reason
 
     q, k, v = prompt()
-    for options in (
-        {"causal": True},
-        {"window_size": (100, -1)},
-        {"softcap": 30.0},
-        {"softmax_scale": -1.0},
-        {"sinks": torch.zeros(32)},
-    ):
-        assert explain(q, k, v, **options)[0]["kernel"] == "prefill_wgmma"
+    assert explain(q, k, v, causal=True)[0]["kernel"] == "prefill_wgmma"
+    for options in ({"window_size": (100, -1)}, {"softcap": 30.0}, {"softmax_scale": -1.0}, {"sinks": torch.zeros(32)}):
+        refused([q, k, v], "positive scale", **options)
     cos = torch.zeros(512, 64)
     refused([q, k, v], "rotated", rotary_cos=cos, rotary_sin=cos)
     refused([q, k, v], "number of splits", num_splits=2)

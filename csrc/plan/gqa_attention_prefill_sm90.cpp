@@ -89,6 +89,13 @@ const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device 
   if (p->num_splits > 0) return "the number of splits was given";
   if (p->batch_invariant) return "batch_invariant: few and many rows run the same kernel";
   if (p->rotary.cos != nullptr) return "wgmma tiles take rotated q and k";
+  // The kernel knows the following; they are served once tests on the device have shown them right.
+  if (is_ragged(p) || is_packed(p) || p->k_cache != nullptr || p->cache_leftpad.data != nullptr) {
+    return "wgmma tiles take dense q, k and v without a cache";
+  }
+  if (p->window_left >= 0 || p->window_right >= 0 || p->softcap > 0 || p->sinks != nullptr || !(p->softmax_scale > 0)) {
+    return "wgmma tiles take a positive scale, and no window, softcap or sinks";
+  }
   if (is_paged(p) && find_page_rows(p) < kMinPageRows) return "wgmma tiles take pages of multiples of 16 rows";
   const int64_t longest_q = longest_queries(p), longest_k = longest_keys(p);
   if (longest_q < kMinQueries || longest_k < 1) return "wgmma tiles take at least 64 queries, and keys";
