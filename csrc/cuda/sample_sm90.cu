@@ -4,7 +4,7 @@
 // Limits: sm_90; vocab <= 2^18; any alignment and row stride. No block waits for another outside its cluster.
 // Determinism: integer sums, so any order and any number of blocks gives the same bytes; rows do not see each other.
 #include "common/sampling_draw.h"
-#include "cuda/common/cluster_store.cuh"
+#include "cuda/common/cluster.cuh"
 #include "cuda/common/pair_max.cuh"
 #include "cuda/common/sample_sm90.cuh"
 #include "cuda/common/vec.cuh"
@@ -159,8 +159,8 @@ class ClusterRow {
   __device__ ClusterRow(const T *z, int vocab, Shared *shared, uint32_t *cells)
       : vocab_(vocab),
         lead_(reinterpret_cast<uintptr_t>(z) % 16 / sizeof(T)),
-        rank_(cluster_block_rank()),
-        blocks_(cluster_blocks()),
+        rank_(cluster_rank()),
+        blocks_(cluster_size()),
         shared_(*shared),
         cells_(cells),
         counts_(cells + kBinEntries * kColumns),
@@ -516,7 +516,7 @@ __global__ void __launch_bounds__(kThreads, 1024 / kThreads) sample_cluster(cons
   extern __shared__ __align__(16) uint32_t cluster_cells[];
   __shared__ Shared shared;
   cluster_arrive_release();
-  const int64_t at = blockIdx.x / cluster_blocks();
+  const int64_t at = blockIdx.x / cluster_size();
   const T *z = static_cast<const T *>(p.logits) + at * p.logits_stride;
   ClusterRow<T, kThreads> row(z, static_cast<int>(p.vocab), &shared, cluster_cells);
   row.load([&] {

@@ -16,6 +16,11 @@ __device__ __forceinline__ void copy_async16(uint32_t to, const char *from, uint
   }
 }
 
+// 16 bytes of a row of any length; zeros, with nothing read, unless `wanted`.
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool wanted) {
+  copy_async16<128>(to, static_cast<const char *>(from), wanted ? 16 : 0);
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for this thread's groups except the last kLast.

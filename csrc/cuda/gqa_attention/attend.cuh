@@ -71,7 +71,7 @@ __device__ void load_queries(const AttentionArgs &a, const Queries &queries, con
         chunk = load_unaligned(from + first);
       }
     }
-    store_shared(tile + shared_offset<kShape.dim>(row, first / 8), chunk);
+    store_shared16(tile + shared_offset<kShape.dim>(row, first / 8), chunk);
   }
 }
 
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
       loader.load(a, begin + i * kStep, to, to + kShape.block_bytes());
       loader.find_page(a, begin + (i + 1) * kStep);
     }
-    commit_copies();
+    copy_async_commit();
   };
 
   loader.find_page(a, begin);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
   tile.hold_queries();
   const bool has_rows = tile.row0 < range.rows;
   for (int i = 0; i < blocks; ++i) {
-    wait_copies<kShape.stages - 2>();
+    copy_async_wait<kShape.stages - 2>();
     // All of the group sees block i, and is done with block i - 1, whose place the next one takes.
     if constexpr (kShape.groups > 1) {
       __syncwarp();

@@ -1,7 +1,7 @@
 // Blocks of keys and values on their way from global to shared memory.
 #pragma once
 
-#include "cuda/common/cp_async.cuh"
+#include "cuda/common/async_copy.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/gqa_attention/args.cuh"
 
@@ -152,8 +152,8 @@ class KeyLoader {
         v_chunk = v_from < 0 ? nan : load_unaligned(v_ + v_from + column * 8);
       }
       const uint32_t to = shared_offset<kDim>(row0_ + row, column);
-      store_shared(k + to, k_chunk);
-      store_shared(v + to, v_chunk);
+      store_shared16(k + to, k_chunk);
+      store_shared16(v + to, v_chunk);
     }
   }
 
