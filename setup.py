@@ -147,6 +147,7 @@ def build_libraries(module: Path) -> None:
 
     # Arithmetic defined to the bit, the same everywhere: no contraction into FMA.
     exact = dict.fromkeys(["rope.cpp", "rotary.cpp", "sample.cpp"], "-ffp-contract=off")
+    exact["sample.cpp"] += " -fno-trapping-math"  # selects between results, so that loops with divisions vectorise
     objects = ninja.compile("cxx", sources("common", ".cpp") + sources("plan", ".cpp"))
     objects += ninja.compile("cxx", sources("cpu", ".cpp"), exact)
     if nvcc:

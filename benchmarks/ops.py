@@ -49,6 +49,11 @@ def _rope(x: Inputs) -> tuple[Tensor, Tensor]:
     return _rotate(x["q"], x["cos"], x["sin"]), _rotate(x["k"], x["cos"], x["sin"])
 
 
+def _norm_rope(x: Inputs) -> tuple[Tensor, Tensor]:
+    q, k = _norm(x["q"], x["q_weight"]), _norm(x["k"], x["k_weight"])
+    return _rotate(q, x["cos"], x["sin"]), _rotate(k, x["cos"], x["sin"])
+
+
 def _ffn(x: Inputs) -> Tensor:
     gate, up = functional.linear(x["x"], x["w_gate"]), functional.linear(x["x"], x["w_up"])
     return functional.linear(functional.silu(gate) * up, x["w_down"])
@@ -129,6 +134,14 @@ def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) ->
     name = f"{rows} tokens {Q_HEADS}:{KV_HEADS} D{HEAD_DIM}"
     ours = Contestant(OURS, lambda x: gqa_kernels.rope(x["q"], x["k"], x["cos"], x["sin"]))
     yield _case(settings, "rope", name, rope_sizes, ours, _rope)
+    norm_sizes = rope_sizes | {"q_weight": (HEAD_DIM,), "k_weight": (HEAD_DIM,)}
+    ours = Contestant(
+        OURS,
+        lambda x: gqa_kernels.qk_rmsnorm_rope(
+            x["q"], x["k"], x["q_weight"], x["k_weight"], x["cos"], x["sin"], eps=EPS
+        ),
+    )
+    yield _case(settings, "qk_rmsnorm_rope", name, norm_sizes, ours, _norm_rope)
     in_place = peers.flashinfer_op(settings.device, _flashinfer_rope)
     yield _case(settings, "rope_", name, rope_sizes, Contestant(OURS, _rope_in_place), _rope, in_place, eager_too=False)
 

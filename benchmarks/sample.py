@@ -23,7 +23,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top-k 50, top-p 0.9": {"top_k": TOP_K, "top_p": TOP_P},
     "top-k 50, top-p 0.9, min-p": {"top_k": TOP_K, "top_p": TOP_P, "min_p": MIN_P},
     "greedy": {"temperature": 0.0},
+    "penalties, top-p 0.9": {"top_p": TOP_P},
+    "bitmask, top-p 0.9": {"top_p": TOP_P},
 }
+SEEN = 0.02  # the share of the vocabulary that a sequence has drawn
 
 
 def cases(settings: Settings, quick: bool) -> Iterator[Case]:
@@ -41,7 +44,7 @@ def _check(options: dict[str, Any]) -> Callable[[Inputs, Any], None]:
 
     def check(x: Inputs, out: Any) -> None:
         ids = (out[0] if isinstance(out, tuple) else out).reshape(-1, 1).long()
-        logits = x["logits"].double()
+        logits = _adjusted(x).double()
         if ids.shape[0] != logits.shape[0] or not bool(((ids >= 0) & (ids < logits.shape[1])).all()):
             raise AssertionError("an id is missing or outside the vocabulary")
         chosen = logits.gather(1, ids)
@@ -62,11 +65,37 @@ def _check(options: dict[str, Any]) -> Callable[[Inputs, Any], None]:
     return check
 
 
+def _adjusted(x: Inputs) -> Tensor:
+    """The logits after penalties and bitmask, as PyTorch programs change them."""
+    z = x["logits"].float()
+    if "token_counts" in x:
+        counts, repetition = x["token_counts"], x["repetition_penalty"][:, None]
+        z = torch.where(counts != 0, torch.where(z > 0, z / repetition, z * repetition), z)
+        z = z - x["frequency_penalty"][:, None] * counts.clamp(min=0)
+        z = z - x["presence_penalty"][:, None] * (counts > 0)
+    if "allowed_bitmask" in x:
+        bits = x["allowed_bitmask"][..., None] >> torch.arange(32, dtype=torch.int32, device=z.device) & 1
+        z = z.masked_fill(bits.flatten(-2)[:, : z.shape[1]] == 0, -torch.inf)
+    return z
+
+
+def _adjustments(name: str, shape: Rows, device: str) -> Inputs:
+    if "penalties" in name:
+        seen = torch.rand(shape.rows, shape.width, device=device) < SEEN
+        values = {"repetition": 1.2, "frequency": 0.3, "presence": 0.4}
+        penalties = {f"{key}_penalty": torch.full((shape.rows,), v, device=device) for key, v in values.items()}
+        return {"token_counts": seen.int() * torch.randint(-1, 5, seen.shape, device=device).int(), **penalties}
+    if "bitmask" in name:
+        words = shape.rows, -(-shape.width // 32)
+        return {"allowed_bitmask": torch.randint(-(2**31), 2**31, words, device=device).int()}
+    return {}
+
+
 def _torch_sample(options: dict[str, Any]) -> Callable[[Inputs], Tensor]:
     """Sort, cumulative sum, and an exponential race for the draw, as PyTorch programs do it."""
 
     def call(x: Inputs) -> Tensor:
-        logits, order = x["logits"].float().sort(-1, descending=True)
+        logits, order = _adjusted(x).sort(-1, descending=True)
         if "top_k" in options:
             logits, order = logits[:, : options["top_k"]], order[:, : options["top_k"]]
         p = logits.softmax(-1)
@@ -98,14 +127,16 @@ def _case(shape: Rows, name: str, options: dict[str, Any], settings: Settings) -
     dtype = torch.bfloat16 if settings.cuda else torch.float32
 
     def make() -> Inputs:
-        return {"logits": (3 * torch.randn(shape.rows, shape.width, device=settings.device)).to(dtype)}
+        logits = (3 * torch.randn(shape.rows, shape.width, device=settings.device)).to(dtype)
+        return {"logits": logits, **_adjustments(name, shape, settings.device)}
 
-    contestants = [Contestant(OURS, lambda x: gqa_kernels.sample(x["logits"], seed=1, **options))]
+    adjusted = name.startswith(("penalties", "bitmask"))
+    contestants = [Contestant(OURS, lambda x: gqa_kernels.sample(**x, seed=1, **options))]
     if options.get("temperature") == 0.0:
         contestants.append(Contestant("torch argmax", lambda x: x["logits"].argmax(-1)))
     else:
         contestants.append(Contestant("torch sort", _torch_sample(options)))
-        if "min_p" not in options:
+        if "min_p" not in options and not adjusted:
             contestants += peers.flashinfer_op(settings.device, _flashinfer_sample(options))
     return Case(
         group="sample",
@@ -115,6 +146,6 @@ def _case(shape: Rows, name: str, options: dict[str, Any], settings: Settings) -
         contestants=contestants,
         check=_check(options),
         limit="read",
-        traffic=shape.rows * shape.width * dtype.itemsize,
+        traffic=shape.rows * (shape.width * dtype.itemsize + (4 * shape.width if "penalties" in name else 0)),
         most_copies=WARM_COPIES,
     )

@@ -14,6 +14,7 @@ from gqa_kernels.explain import Explanation, explain
 from gqa_kernels.kv_cache import KVCache, attention_with_kv_cache
 from gqa_kernels.launch_log import record_launches
 from gqa_kernels.paged_kv_cache import PagedKVCache
+from gqa_kernels.qk_rmsnorm_rope import qk_rmsnorm_rope
 from gqa_kernels.residual import residual_add
 from gqa_kernels.rmsnorm import add_rmsnorm, rmsnorm
 from gqa_kernels.rope import rope, rope_, rope_tables
@@ -41,6 +42,7 @@ __all__ = [
     "merge_attention_states",
     "patch",
     "patched",
+    "qk_rmsnorm_rope",
     "record_launches",
     "residual_add",
     "rmsnorm",

@@ -87,10 +87,14 @@ def examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "4 parts, 32 D128 B16", "merge_attention_states", (parts, lses), {}
     yield "32:8 D128, 4096 tokens", "rope", (prompt, keys, cos, cos), {}
     yield "32:8 D128, 4096 tokens", "rope_", (prompt, keys, cos, cos), {}
+    scale = tensor(128)
+    yield "32:8 D128, 4096 tokens", "qk_rmsnorm_rope", (prompt, keys, scale, scale, cos, cos), {}
     yield "16 x 4096", "rmsnorm", (hidden, tensor(4096)), {}
     yield "16 x 4096", "add_rmsnorm", (hidden, hidden, tensor(4096)), {}
     yield "16 x 4096", "residual_add", (hidden, hidden), {}
     yield "16 x 14336", "swiglu", (tensor(16, 14336), tensor(16, 14336)), {}
+    weights = tensor(14336, 4096), tensor(14336, 4096), tensor(4096, 14336)
+    yield "16 x 4096/14336", "swiglu_ffn", (hidden, *weights), {}
     yield "16 x 128256, top-p", "sample", (tensor(16, 128256),), {"top_p": 0.9}
 
 

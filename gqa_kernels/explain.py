@@ -17,12 +17,14 @@ OPS = (
     "gqa_attention_prefill",
     "kv_cache_append",
     "merge_attention_states",
+    "qk_rmsnorm_rope",
     "residual_add",
     "rmsnorm",
     "rope",
     "rope_",
     "sample",
     "swiglu",
+    "swiglu_ffn",
 )
 
 # What plans are made for where there is no GPU: an H200.

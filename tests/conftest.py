@@ -9,6 +9,11 @@ from pathlib import Path
 
 # Thousands of tiny ops: threads that spin while they wait cost ten times the work on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Workers share the cores; each with a thread on all of them, a product of small matrices takes ten times as long.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, str(threads))
 
 import pytest
 import torch

@@ -78,7 +78,7 @@ def test_empty_calls_launch_nothing(device: str) -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"op must be one of add_rmsnorm, .*swiglu, got 'softmax'"):
+    with pytest.raises(ValueError, match=r"op must be one of add_rmsnorm, .*swiglu_ffn, got 'softmax'"):
         explain("softmax")
     with pytest.raises(ValueError, match="device must be cpu or cuda, got meta"):
         explain("rmsnorm", torch.ones(2, 4), torch.ones(4), device="meta")

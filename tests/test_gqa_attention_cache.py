@@ -149,12 +149,15 @@ def test_p13_batch_permutation(guard: Guard, dtype: torch.dtype, decode: bool) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_ragged_prefill_equals_dense(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
+    """The same bytes where both know the same longest sequence; within P1 where it has to be guessed."""
     case = make_case([(12, cached, 12) for cached in (0, 33, 100)], dtype=dtype, rotary=make_rotary(64))
     dense = run_cached(case, guard, build_cache(case, guard, page_size=page_size))
     case.check(dense)
     for bound in ({}, {"max_seqlen_q": 12}, {"max_seqlen_q": 1000, "max_seqlen_k": 5000}):
-        cache = build_cache(case, guard, page_size=page_size)
-        assert_same(run_cached(case, guard, cache, ragged=True, **bound), dense, f"{bound}")
+        result = run_cached(case, guard, build_cache(case, guard, page_size=page_size), ragged=True, **bound)
+        case.check(result, f"{bound}")
+        if bound == {"max_seqlen_q": 12}:
+            assert_same(result, dense, f"{bound}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

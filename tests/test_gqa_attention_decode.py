@@ -93,25 +93,27 @@ def test_p1_every_key_counts_once(guard: Guard, dtype: torch.dtype, window: tupl
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [None, 64])
 def test_p1_lengths_about_powers_of_two(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
-    lengths = [(1, 2**n + i - 1, 1) for n in range(7, 13) for i in (-1, 0, 1)]
-    for head_dim in (64, 96, 128, 256) if guard.device == "cuda" else (32,):
-        case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=head_dim)
-        case.check(run_cached(case, guard, build_cache(case, guard, page_size=page_size), decode=True))
+    for new in (1, 0):
+        lengths = [(1, 2**n + i - new, new) for n in range(7, 13) for i in (-1, 0, 1)]
+        for head_dim in (64, 96, 128, 256) if guard.device == "cuda" else (32,):
+            case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=head_dim)
+            cache = build_cache(case, guard, page_size=page_size, fill=math.nan)
+            case.check(run_cached(case, guard, cache, decode=True), f"head_dim {head_dim}, {new} new")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_p11_any_cache_at_every_share(device: str, dtype: torch.dtype, head_dim: int) -> None:
     """From one sequence to many, from few blocks a sequence to many: in pages or misaligned, the same bytes."""
-    calls = ((1, 4096, 1), (1, 1024, 8), (2, 2048, 3), (9, 640, 1), (40, 256, 2))
-    for batch, capacity, queries in calls if device == "cuda" else calls[3:4]:
+    calls = ((1, 4096, 1), (1, 1024, 8), (2, 2048, 3), (9, 640, 1), (40, 256, 2), (1, 2048, 0), (9, 640, 0))
+    for batch, capacity, new in calls if device == "cuda" else calls[3:4]:
         guard = Guard(device)
         case = make_case(
-            [(queries, capacity - 40 - 7 * (b % 9), queries) for b in range(batch)],
+            [(max(1, new), capacity - 40 - 7 * (b % 9), new) for b in range(batch)],
             dtype=dtype,
             heads=(4, 2),
             head_dim=head_dim,
-            rotary=make_rotary(head_dim, 4096),
+            rotary=make_rotary(head_dim, 4096) if new > 0 else None,
         )
         expected = run_cached(case, guard, build_cache(case, guard, capacity=capacity), decode=True)
         if batch > 2:  # a mean over four lse values would be luck

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from gqa_kernels.explain import H200, OPS
 
 A100 = {"compute_capability": 80, "num_sms": 108, "max_shared_memory": 166912, "l2_size": 41943040}
 RTX3090 = {"compute_capability": 86, "num_sms": 82, "max_shared_memory": 101376, "l2_size": 6291456}
+PARTS = {"swiglu_ffn": "swiglu"}  # ops that may run as another one between torch's own
 GPUS = {"H200": H200, "A100": A100, "RTX 3090": RTX3090}
 
 
@@ -60,7 +62,7 @@ def test_every_plan_fits_the_device(op: str, gpu: str) -> None:
         assert 1 <= len(plan["launches"]) <= 4 and plan["workspace_size"] >= 0
         assert str(plan["reason"]) and not str(plan["reason"]).endswith(".")
         for launch in plan["launches"]:
-            assert launch["op"] == op.rstrip("_"), (op, seed)  # rope_ is rope onto itself
+            assert launch["op"] in (op.rstrip("_"), PARTS.get(op)), (op, seed)  # rope_ is rope onto itself
             assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 1024
             assert launch["shared_memory"] <= GPUS[gpu]["max_shared_memory"]
             assert all(size <= 65535 for size in launch["grid"][1:])
@@ -151,7 +153,8 @@ def cluster(plan: dict[str, object]) -> int:
     [
         ((32, 8), 1, 2048, 8, 256),
         ((32, 8), 1, 8192, 8, 256),
-        ((32, 8), 1, 16384, 16, 128),
+        ((32, 8), 1, 16384, 8, 256),
+        ((32, 8), 1, 32768, 16, 128),
         ((28, 4), 1, 8192, 16, 128),
         ((32, 8), 8, 4096, 4, 128),
         ((32, 8), 16, 2048, 2, 128),
@@ -238,8 +241,77 @@ def test_sample_on_hopper_holds_the_row_in_a_cluster(vocab: int, dtype: torch.dt
         assert launch["kernel"] == "sample_cluster" and launch["grid"][0] % rows == 0
         blocks.append(launch["grid"][0] // rows)
         held = launch["shared_memory"] * blocks[-1]
-        assert held > vocab * dtype.itemsize and launch["shared_memory"] + 8192 <= H200["max_shared_memory"]
+        assert held > vocab * dtype.itemsize and launch["shared_memory"] + 11 * 1024 <= H200["max_shared_memory"]
+        (greedy,) = plan_for(H200, "sample", logits, temperature=0.0)["launches"]
+        assert greedy["kernel"] == "sample_greedy" and greedy["shared_memory"] == 0
+        assert greedy["grid"][0] // rows in (1, 2, 4, 8, 16) and greedy["grid"][0] % rows == 0
         (portable,) = plan_for(A100, "sample", logits, top_p=0.9)["launches"]
         assert portable["kernel"] == "sample_row" and tuple(portable["grid"]) == (rows, 1, 1)
     assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 8, 16}
     assert vocab < 128256 or blocks[:4] == [16, 16, 8, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab", [1, 1000, 128256, 1 << 18])
+def test_sample_on_hopper_holds_adjusted_rows_as_float32(vocab: int, dtype: torch.dtype) -> None:
+    """With penalties, a bias or a bitmask; counts that no penalty looks at are none of it."""
+    one = torch.ones(())
+    for rows in (1, 16, 64, 1000):
+        logits = torch.zeros(1, vocab, dtype=dtype).expand(rows, vocab)
+        counts = torch.zeros(vocab, dtype=torch.int32)
+        adjustments: list[dict[str, Tensor]] = [
+            {"logit_bias": torch.zeros(vocab)},
+            {"allowed_bitmask": torch.zeros(-(-vocab // 32), dtype=torch.int32)},
+            *({name + "_penalty": one, "token_counts": counts} for name in ("repetition", "frequency", "presence")),
+        ]
+        plain = plan_for(H200, "sample", logits)["launches"][0]
+        assert plan_for(H200, "sample", logits, token_counts=counts)["launches"][0] == plain
+        for options in adjustments:
+            (launch,) = plan_for(H200, "sample", logits, temperature=0.0, **options)["launches"]
+            assert launch["kernel"] == "sample_cluster"
+            held = launch["shared_memory"] * launch["grid"][0] // rows
+            assert held > 4 * vocab and launch["shared_memory"] + 11 * 1024 <= H200["max_shared_memory"]
+            (portable,) = plan_for(A100, "sample", logits, **options)["launches"]
+            assert portable["kernel"] == "sample_row"
+
+
+@pytest.mark.usefixtures("portable")
+def test_the_portable_sampler_can_be_asked_for() -> None:
+    assert plan_for(H200, "sample", torch.zeros(4, 1000))["launches"][0]["kernel"] == "sample_row"
+
+
+def test_norms_hold_their_rows() -> None:
+    """A row's vectors fit its threads' registers, 4 each, or registers and shared memory together, up to 65536 wide."""
+    for op, dtype, rows, hidden in itertools.product(
+        ("rmsnorm", "add_rmsnorm"),
+        (torch.float32, torch.bfloat16),
+        (1, 5000),
+        (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536),
+    ):
+        x = torch.zeros(1, 1, dtype=dtype).expand(rows, hidden)
+        weight = torch.zeros(hidden, dtype=dtype)
+        plan = plan_for(H200, op, *[x] * (2 if op == "add_rmsnorm" else 1), weight)
+        (launch,) = plan["launches"]
+        threads, rows_a_block, _ = launch["block"]
+        vectors = -(-hidden * x.itemsize // 16)
+        assert launch["kernel"] == ("norm_narrow_rows" if vectors <= 32 else "norm_rows")
+        assert launch["grid"][0] * rows_a_block >= rows and threads * rows_a_block <= 1024
+        assert (threads * rows_a_block) % 32 == 0
+        held = 1 if vectors <= 32 else 4
+        beyond = max(0, vectors - held * threads) * 16
+        assert launch["shared_memory"] >= (beyond if beyond < 90000 else 0) and launch["shared_memory"] <= 96 * 1024
+
+
+def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
+    def kernel(head_dim: int, pairs: int, dtype: torch.dtype = torch.bfloat16, interleaved: bool = False) -> str:
+        q, weight, cos = wide(9, 1, 4, head_dim, dtype=dtype), torch.zeros(head_dim), torch.zeros(9, pairs)
+        plan = plan_for(H200, "qk_rmsnorm_rope", q, q, weight, weight, cos, cos, interleaved=interleaved)
+        (launch,) = plan["launches"]
+        assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 320
+        return str(launch["kernel"])
+
+    vector, scalar = "qk_rmsnorm_rope_vector", "qk_rmsnorm_rope_scalar"
+    assert {kernel(d, d // 2) for d in (16, 64, 80, 96, 128, 256)} == {vector}
+    assert kernel(128, 32) == kernel(96, 32) == kernel(128, 64, torch.float32) == vector
+    assert kernel(256, 128, torch.float32) == kernel(264, 132) == kernel(8, 4) == kernel(96, 36) == scalar
+    assert kernel(8, 4, interleaved=True) == kernel(96, 36, interleaved=True) == vector

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.bounds import DTYPES, assert_within_bound, to_numpy
-from support.contract import assert_compiles, opcheck
+from support.contract import assert_compiles, assert_same, opcheck
 from support.guard import Guard, same_bytes
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def eager(x: Tensor, weight: Tensor, offset: float = 0.0, cast_before_weight: bo
 
 @pytest.mark.abi
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [1, 7, 32, 64, 100, 896, 2048, 4096, 4100, 20000])
+@pytest.mark.parametrize("hidden", [1, 7, 32, 64, 100, 896, 2048, 4096, 4100, 5120, 18944, 20001, 65536, 131072])
 def test_p1_accuracy(guard: Guard, dtype: torch.dtype, hidden: int) -> None:
     for rows in (1, 5):
         x, weight = guard.randn(rows, hidden, dtype=dtype), guard.randn(hidden, dtype=dtype)
@@ -108,6 +108,43 @@ def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
     expanded = base[:1].expand(4, 6, 5, 64)
     assert same_bytes(rmsnorm(expanded, weight, EPS), expected[:1].expand(4, 6, 5, 64).contiguous())
     assert same_bytes(rmsnorm(base, guard.place(weight, offset=1), EPS), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [7, 32, 128, 200, 896, 2048, 4096, 4100, 5120, 8200, 18944, 40000])
+def test_p29_a_row_decides_its_bytes_alone(guard: Guard, dtype: torch.dtype, hidden: int) -> None:
+    """Neither how many rows there are, nor where they lie, nor the dtype of equal weights."""
+    rows = 300 if hidden < 10000 else 3
+    x, residual, weight = torch.randn(rows, hidden), torch.randn(rows, hidden), guard.randn(hidden, dtype=dtype)
+    x, residual = guard.place(x.to(dtype)), guard.place(residual.to(dtype))
+    out, (normed, total) = rmsnorm(x, weight, EPS), add_rmsnorm(x, residual, weight, EPS)
+    for i in (0, rows - 1):
+        assert same_bytes(rmsnorm(x[i], weight, EPS), out[i])
+        assert_same(add_rmsnorm(x[i], residual[i], weight, EPS), (normed[i], total[i]))
+    for offset in (1, 2, 4):
+        elsewhere = guard.place(x, offset=offset)
+        assert same_bytes(rmsnorm(elsewhere, weight, EPS), out), offset
+        assert_same(add_rmsnorm(elsewhere, residual, weight, EPS), (normed, total), str(offset))
+    one_cast = rmsnorm(x, weight.float(), EPS, cast_before_weight=False)
+    assert same_bytes(one_cast, rmsnorm(x, weight, EPS, cast_before_weight=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("cast_before_weight", [True, False])
+def test_equals_eager_where_sums_are_exact(
+    guard: Guard, dtype: torch.dtype, offset: float, cast_before_weight: bool
+) -> None:
+    """HuggingFace's LlamaRMSNorm, GptOssRMSNorm and GemmaRMSNorm, to the bit: sums of small integers do not round."""
+    for hidden in (64, 896, 4096, 8192):
+        x = guard.place(torch.randint(-8, 9, (40, hidden)).to(dtype))
+        weight = guard.randn(hidden, dtype=dtype)
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)
+        scale = weight.float() + offset
+        expected = (normed.to(dtype).float() if cast_before_weight else normed) * scale
+        out = rmsnorm(x, weight, EPS, weight_offset=offset, cast_before_weight=cast_before_weight)
+        assert float((out.double() - expected.to(dtype).double()).abs().max()) == 0.0, hidden
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -15,6 +15,7 @@ from torch import Tensor
 from gqa_kernels import sample
 
 INF, NAN = float("inf"), float("nan")
+on_every_kernel = pytest.mark.parametrize("device", ["cpu", "cuda", "cuda portable"], indirect=True)
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"top_k": 5},
@@ -67,6 +68,7 @@ def test_reference_philox_known_answers() -> None:
         assert (int(first[0]), int(second[0])) == (a, b)
 
 
+@on_every_kernel
 @pytest.mark.abi
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 2, 7, 33, 1000, 32001, 152064])
@@ -79,6 +81,7 @@ def test_matches_definition(guard: Guard, dtype: torch.dtype, vocab: int) -> Non
         assert_defined(guard, guard.place(heavy_tail(min(vocab, 1000)).to(dtype)), 64, 9, **settings)
 
 
+@on_every_kernel
 @pytest.mark.parametrize("vocab", [1 << 18, 131072])
 def test_largest_sums(guard: Guard, vocab: int) -> None:
     """The weights whose sum over the largest vocabulary is largest: each 2^19 * 2^(1/16)."""
@@ -88,6 +91,7 @@ def test_largest_sums(guard: Guard, vocab: int) -> None:
         assert_defined(guard, guard.place(logits), 4, 1, temperature=LOG2, **settings)
 
 
+@on_every_kernel
 def test_extreme_logits(guard: Guard) -> None:
     """Overflowing differences, denormals, temperatures at the ends of float32."""
     largest = float(np.finfo(np.float32).max)
@@ -97,6 +101,7 @@ def test_extreme_logits(guard: Guard) -> None:
             assert_defined(guard, guard.place(torch.tensor(values)), 64, 3, temperature=temperature)
 
 
+@on_every_kernel
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 2.0, 4.0, 8.0, 30.0])
 def test_p28_filters_keep_what_a_float64_sort_keeps(guard: Guard, scale: float) -> None:
     """The definition's kept set is the sort's; the op's log-probabilities show that it kept the same mass."""
@@ -126,6 +131,7 @@ SHAPES = {"peaked": PEAKED, "flat": torch.zeros(97), "gentle": torch.linspace(0,
 DRAWS = 100_000
 
 
+@on_every_kernel
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows_by", ["index", "offsets", "seeds"])
 def test_p28_chi_square(guard: Guard, shape: str, rows_by: str) -> None:
@@ -148,6 +154,7 @@ def test_p28_chi_square(guard: Guard, shape: str, rows_by: str) -> None:
         assert p_value(counts, expected) > 1e-3 / 72, settings
 
 
+@on_every_kernel
 def test_p28_chi_square_sees_a_wrong_sampler(guard: Guard) -> None:
     """The same statistic rejects draws at a temperature 6 % off."""
     logits = guard.place(SHAPES["gentle"])
@@ -155,6 +162,7 @@ def test_p28_chi_square_sees_a_wrong_sampler(guard: Guard) -> None:
     assert p_value(counts, torch.from_numpy(softmax64(logits.cpu().numpy())) * DRAWS) < 1e-3 / 72
 
 
+@on_every_kernel
 def test_p28_zero_probability_is_never_drawn(guard: Guard) -> None:
     lowest = torch.finfo(torch.float32).min
     logits = guard.place(torch.tensor([1.0, -INF, 0.5, lowest, 0.0, -1e4, 1.0, -1e9]))
@@ -166,11 +174,25 @@ def test_p28_zero_probability_is_never_drawn(guard: Guard) -> None:
     assert bool((counts[[0, 2, 4, 6]] > 10**6).all())
 
 
+def test_p28_filtered_tokens_are_never_drawn(guard: Guard) -> None:
+    """Ten million draws, by every filter alone and all together, from tokens with mass on both sides of the cut."""
+    logits = guard.place(torch.cat([PEAKED, torch.linspace(7.9, 0, 50)]))
+    filters: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}]
+    filters.append({"temperature": 2.0, "top_k": 40, "top_p": 0.9, "min_p": 0.05})
+    for settings in filters:
+        kept = torch.from_numpy(filtered64(logits.cpu().numpy(), **settings)) > 0
+        assert 0 < int(kept.sum()) < 60
+        ids = torch.cat([sample(rows_of(logits, 1_250_000), seed=seed, **settings) for seed in (1, 2)])
+        counts = torch.bincount(ids, minlength=60).cpu()
+        assert int(counts.sum()) == 2_500_000 and torch.equal(counts > 0, kept), settings
+
+
 def support_of(guard: Guard, values: list[float], **settings: Any) -> list[int]:
     logits = guard.place(torch.tensor(values))
     return sorted(set(sample(rows_of(logits, 2000), seed=1, temperature=LOG2, **settings).tolist()))
 
 
+@on_every_kernel
 def test_p28_ties(guard: Guard) -> None:
     """A token that ties with the last one kept is kept too."""
     assert support_of(guard, [1.0, 3.0, 1.0, 2.0, 1.0, 0.0], top_k=3) == [0, 1, 2, 3, 4]
@@ -181,6 +203,7 @@ def test_p28_ties(guard: Guard) -> None:
     assert support_of(guard, [-INF, 2.0, -INF, 1.0], top_k=3) == [1, 3]
 
 
+@on_every_kernel
 def test_p28_boundaries_are_inclusive(guard: Guard) -> None:
     """Probabilities 1/2, 1/4, 1/8, 1/8 exactly."""
     values = [-3.0, -1.0, -3.0, -2.0]
@@ -207,6 +230,7 @@ INVALID = [
 ]
 
 
+@on_every_kernel
 @pytest.mark.abi
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("settings", [*SETTINGS, {"temperature": 0.0}])
@@ -227,6 +251,7 @@ def test_p27_ids_are_always_in_range(guard: Guard, dtype: torch.dtype, settings:
     assert ids.tolist() == [2] and bool(valid.all())
 
 
+@on_every_kernel
 def test_p27_one_bad_row_among_others(guard: Guard) -> None:
     """NaN and empty rows leave their neighbours alone."""
     logits = torch.randn(6, 1000)
@@ -238,6 +263,7 @@ def test_p27_one_bad_row_among_others(guard: Guard) -> None:
     assert same_bytes(ids[valid], clean[valid])
 
 
+@on_every_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_greedy_is_argmax(guard: Guard, dtype: torch.dtype) -> None:
     logits = guard.randn(50, 1001, dtype=dtype)
@@ -250,6 +276,7 @@ def test_greedy_is_argmax(guard: Guard, dtype: torch.dtype) -> None:
     assert sample(ties, temperature=0.0).tolist() == [1, 0, 1]
 
 
+@on_every_kernel
 @pytest.mark.abi
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_p29_alone_or_in_a_batch(guard: Guard, dtype: torch.dtype) -> None:
@@ -278,6 +305,7 @@ def test_p29_alone_or_in_a_batch(guard: Guard, dtype: torch.dtype) -> None:
     assert shuffled[keep].tolist() == ids[order[keep]].tolist()
 
 
+@on_every_kernel
 def test_p29_seeds_and_offsets_differ(guard: Guard) -> None:
     logits = guard.randn(64, 1000)
     draws = [sample(logits, seed=s, offset=o) for s, o in ((0, 0), (1, 0), (0, 1), (2**63 - 1, 0), (-1, 0), (0, 2**40))]
@@ -290,6 +318,7 @@ def test_p29_seeds_and_offsets_differ(guard: Guard) -> None:
     assert len(set(sample(same, seed=5).tolist())) > 16, "rows of one call draw independently"
 
 
+@on_every_kernel
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_p29_one_value_on_the_device_is_the_number(guard: Guard, dtype: torch.dtype) -> None:
     logits = guard.randn(3, 4, 777)
@@ -304,6 +333,7 @@ def test_p29_one_value_on_the_device_is_the_number(guard: Guard, dtype: torch.dt
         assert same_bytes(ids, expected[0]) and same_bytes(logprob, expected[1]), names
 
 
+@on_every_kernel
 def test_p29_edges_of_the_draw(guard: Guard) -> None:
     """The smallest and the largest of four million random words, at the first and the last token of a row."""
     assert mul_high(np.array([0, 2**64 - 1], dtype=np.uint64), 2**61 + 5).tolist() == [0, 2**61 + 4]
@@ -327,6 +357,7 @@ def test_p29_edges_of_the_draw(guard: Guard) -> None:
         assert row.draw(ends, ends).tolist() == [0, row.m.size - 1]
 
 
+@on_every_kernel
 def test_out_of_range_values_on_the_device(guard: Guard) -> None:
     """Numbers are refused; values on the device take their nearest meaning."""
     logits = guard.place(torch.randn(200))

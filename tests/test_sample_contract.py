@@ -61,7 +61,8 @@ def test_one_launch(gpu: str) -> None:
     one = torch.tensor(0.5, device=gpu)
     with record_launches() as launches:
         sample(logits, top_p=one, temperature=one, seed=torch.tensor(1, device=gpu))
-    assert [launch["kernel"] for launch in launches] in (["sample_row"], ["sample_cluster"])
+        sample(logits, temperature=0)
+    assert [launch["kernel"] for launch in launches] in (["sample_row"] * 2, ["sample_cluster", "sample_greedy"])
 
 
 REFUSALS: list[tuple[str, dict[str, Any], str]] = [
@@ -79,17 +80,18 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         {"top_p": torch.ones(4)},
         "top_p must be a number, a tensor of one value or one value per row of logits [3, 10], got shape [4]",
     ),
-    *(
-        (name, {name: torch.ones(3, 10)}, f"{name} must be None, got a tensor: {name} is not supported yet")
-        for name in (
-            "logit_bias",
-            "allowed_bitmask",
-            "token_counts",
-            "repetition_penalty",
-            "frequency_penalty",
-            "presence_penalty",
-        )
+    (
+        "penalty rows",
+        {"presence_penalty": torch.ones(4), "token_counts": torch.ones(3, 10, dtype=torch.int32)},
+        "presence_penalty must be a number, a tensor of one value or one value per row of logits [3, 10], "
+        "got shape [4]",
     ),
+    (
+        "bias",
+        {"logit_bias": torch.ones(9)},
+        "logit_bias must be [10] or one such row per row of logits [3, 10], got shape [9]",
+    ),
+    ("no counts", {"presence_penalty": torch.ones(3)}, "token_counts must be given together with a penalty, got None"),
 ]
 
 

@@ -35,6 +35,9 @@ FROZEN = {
     f"Tensor? cache_leftpad=None, Tensor? block_table=None, {ROTARY}, Tensor? k_scale=None, Tensor? v_scale=None) "
     "-> ()",
     "merge_attention_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    "qk_rmsnorm_rope": "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, *, "
+    "float eps=9.9999999999999995e-07, Tensor? position_ids=None, bool interleaved=False, float weight_offset=0., "
+    "bool cast_before_weight=True) -> (Tensor, Tensor)",
     "residual_add": "(Tensor x, Tensor residual) -> Tensor",
     "rmsnorm": "(Tensor x, Tensor weight, float eps, *, float weight_offset=0., bool cast_before_weight=True) "
     "-> Tensor",
@@ -49,6 +52,7 @@ FROZEN = {
     "Tensor? frequency_penalty=None, Tensor? presence_penalty=None, bool return_logprob=False) "
     "-> (Tensor, Tensor, Tensor)",
     "swiglu": "(Tensor gate, Tensor? up=None) -> Tensor",
+    "swiglu_ffn": "(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down) -> Tensor",
 }
 
 

@@ -118,6 +118,32 @@ def test_p2_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype, hidden:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiple", [1, 2, 4, 8])
+def test_p11_every_alignment(guard: Guard, dtype: torch.dtype, multiple: int) -> None:
+    """Rows that begin at multiples of so many elements: each width of access, wide and narrow rows, two levels."""
+    for hidden in (3, 40, 777, 5000):
+        gate, up = torch.randn(6, hidden).to(dtype), guard.randn(6, hidden, dtype=dtype)
+        expected = swiglu(guard.place(gate), up)
+        wide = torch.zeros(6, (hidden + 63) // 8 * 8 + multiple, dtype=dtype)
+        wide[:, multiple : multiple + hidden] = gate
+        view = guard.place(wide)[:, multiple : multiple + hidden]
+        assert same_bytes(swiglu(view, up), expected)
+        pairs, others = (x.unflatten(0, (3, 2)).transpose(0, 1) for x in (view, up))
+        assert same_bytes(swiglu(pairs, others)[1], expected[1::2])
+
+
+def test_more_rows_than_a_grid_has_places(guard: Guard) -> None:
+    gate, up = (guard.randn(70001, 3, 8, dtype=torch.bfloat16)[:, :2] for _ in range(2))
+    assert same_bytes(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+
+
+def test_more_wide_rows_than_a_grid_has_places(gpu: str) -> None:
+    both = torch.randn(140001, 2 * 1024, device=gpu, dtype=torch.bfloat16)
+    gate, up = both[:, :1024], both[:, 1024:]
+    assert same_bytes(swiglu(both), swiglu(gate.contiguous(), up.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
     gate, up = guard.randn(3, 64, dtype=dtype), guard.randn(3, 64, dtype=dtype)
     for args in ((gate, up), (gate, None), (gate[:, ::2], up[:, :32])):

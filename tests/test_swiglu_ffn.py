@@ -1,36 +1,218 @@
-"""swiglu_ffn against float64 NumPy and transformers' LlamaMLP."""
+"""swiglu_ffn against float64 NumPy and transformers' LlamaMLP: fused kernels, or torch's products around swiglu."""
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.bounds import DTYPES, assert_within_bound, to_numpy
-from support.contract import assert_compiles
-from support.guard import Guard
+from support.contract import assert_compiles, assert_graph_replays, opcheck
+from support.guard import Guard, same_bytes
+from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from gqa_kernels import record_launches, swiglu_ffn
+import gqa_kernels
+from gqa_kernels import explain, record_launches, swiglu_ffn
+
+op = torch.ops.gqa_kernels.swiglu_ffn.default
+HALVES = [torch.float16, torch.bfloat16]
+FUSED = ["ffn_gate_up", "ffn_down"]
+
+
+def weights_of(guard: Guard, hidden: int, intermediate: int, out: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    w_gate, w_up = (guard.randn(intermediate, hidden, dtype=dtype, scale=hidden**-0.5) for _ in range(2))
+    return w_gate, w_up, guard.randn(out, intermediate, dtype=dtype, scale=intermediate**-0.5)
+
+
+def reference(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> np.ndarray:
+    gate, up = to_numpy(x) @ to_numpy(w_gate).T, to_numpy(x) @ to_numpy(w_up).T
+    result: np.ndarray = gate / (1 + np.exp(-gate)) * up @ to_numpy(w_down).T
+    return result
+
+
+def baseline(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    return linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down)
+
+
+def kernels(x: Tensor, *weights: Tensor) -> tuple[Tensor, list[str]]:
+    with record_launches() as launches:
+        out = swiglu_ffn(x, *weights)
+    return out, [launch["kernel"] for launch in launches]
+
+
+def served(device: str, dtype: torch.dtype) -> bool:
+    return device == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.abi
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 64), (2, 5, 64), (64,), (0, 64)])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 5, 64), (64,), (0, 64), (4, 1, 4, 64), (17, 64)])
 def test_p1_accuracy(guard: Guard, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    x = guard.randn(*shape, dtype=dtype)
-    w_gate, w_up = (guard.randn(176, 64, dtype=dtype, scale=0.125) for _ in range(2))
-    w_down = guard.randn(48, 176, dtype=dtype, scale=0.08)
-    gate, up = to_numpy(x) @ to_numpy(w_gate).T, to_numpy(x) @ to_numpy(w_up).T
-    exact = gate / (1 + np.exp(-gate)) * up @ to_numpy(w_down).T
-    baseline = linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down)
-    w_gate_up = guard.place(torch.cat([w_gate, w_up]).cpu())
-    for weights in ((w_gate, w_up, w_down), (w_gate_up, w_down)):
-        with record_launches() as launches:
-            out = swiglu_ffn(x, *weights)
-        assert_within_bound(out, exact, baseline)
-        assert [launch["op"] for launch in launches] == ["swiglu"] * (x.numel() > 0)
+    x, weights = guard.randn(*shape, dtype=dtype), weights_of(guard, 64, 176, 48, dtype)
+    both = guard.place(torch.cat(weights[:2]).cpu())
+    for given in (weights, (both, weights[2])):
+        out, names = kernels(x, *given)
+        assert_within_bound(out, reference(x, *weights), baseline(x, *weights))
+        tokens = x.numel() // 64
+        fused = served(guard.device, dtype) and tokens <= 16
+        assert names == (FUSED if fused else ["cpu" if guard.device == "cpu" else "swiglu_rows"]) * (tokens > 0)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (264, 520, 40), (40, 1000, 3), (1032, 24, 4104), (896, 4864, 896)])
+def test_p1_sizes(guard: Guard, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    """Rows and columns that end inside tiles and chunks; blocks with one output, or none to spare."""
+    weights = weights_of(guard, *sizes, dtype)
+    for tokens in (1, 2, 7, 8, 9, 16):
+        x = guard.randn(tokens, sizes[0], dtype=dtype)
+        out, names = kernels(x, *weights)
+        assert_within_bound(out, reference(x, *weights), baseline(x, *weights))
+        assert names == (FUSED if served(guard.device, dtype) else ["cpu" if guard.device == "cpu" else "swiglu_rows"])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p1_a_layer_of_llama(gpu: str, dtype: torch.dtype) -> None:
+    guard = Guard(gpu)
+    weights = weights_of(guard, 4096, 14336, 4096, dtype)
+    for tokens in (1, 5, 16, 64):
+        x = guard.randn(tokens, 4096, dtype=dtype)
+        assert_within_bound(swiglu_ffn(x, *weights), reference(x, *weights), baseline(x, *weights))
+    guard.check()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p2_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+    """Rows inside wider ones full of NaN; what the kernels' alignment refuses agrees within the bound."""
+
+    def inside(tensor: Tensor, gap: int) -> Tensor:
+        return guard.place(torch.cat([tensor.cpu(), torch.full((len(tensor), gap), float("nan"), dtype=dtype)], 1))
+
+    x, weights = guard.randn(5, 264, dtype=dtype), weights_of(guard, 264, 520, 40, dtype)
+    expected, names = kernels(x, *weights)
+    views = [inside(tensor, 8)[:, : tensor.shape[1]] for tensor in (x, *weights)]
+    out, strided = kernels(*views)
+    assert same_bytes(out, expected) and strided == names
+    assert same_bytes(swiglu_ffn(x.view(1, 5, 264).expand(1, 5, 264), *weights)[0], expected)
+    for i in range(4):
+        given = [x, *weights]
+        tensor = given[i].cpu()
+        for view in (inside(tensor, 3)[:, : tensor.shape[1]], guard.place(tensor, offset=1), guard.place(tensor.T).T):
+            given[i] = view
+            out, names = kernels(*given)
+            assert names == ["cpu" if guard.device == "cpu" else "swiglu_rows"]
+            assert_within_bound(out, reference(x, *weights), baseline(x, *weights))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_p8_a_token_with_nan_or_infinity_keeps_to_itself(guard: Guard, dtype: torch.dtype, tokens: int) -> None:
+    x, weights = torch.randn(tokens, 264).to(dtype), weights_of(guard, 264, 520, 40, dtype)
+    clean = swiglu_ffn(guard.place(x), *weights)
+    x[1, 77], x[2, 200] = float("nan"), float("inf")
+    out = swiglu_ffn(guard.place(x), *weights)
+    assert bool(out[1].isnan().all()) and not bool(out[2].isfinite().any())
+    keep = [i for i in range(tokens) if i not in (1, 2)]
+    assert same_bytes(out[keep], clean[keep])
+
+
+def test_p10_bitwise_repeatable(guard: Guard) -> None:
+    x, weights = guard.randn(16, 896, dtype=torch.bfloat16), weights_of(guard, 896, 4864, 896, torch.bfloat16)
+    first = swiglu_ffn(x, *weights)
+    for _ in range(20):
+        assert same_bytes(swiglu_ffn(x, *weights), first)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_weights_written_just_before(gpu: str, tokens: int) -> None:
+    """The kernel before may still be writing any of the tensors when the call is made."""
+    x = torch.randn(tokens, 2048, device=gpu, dtype=torch.bfloat16)
+    shapes = (tokens, 2048), (8192, 2048), (8192, 2048), (2048, 8192)
+    new = [torch.randn(shape, device=gpu).mul_(0.02).bfloat16() for shape in shapes]
+    expected = swiglu_ffn(*new)
+    for i in range(4):
+        given = [tensor.clone() for tensor in new]
+        for _ in range(50):
+            given[i].fill_(float("nan"))
+            given[i].copy_(new[i])
+            assert same_bytes(swiglu_ffn(*given), expected)
+    assert x.shape == expected.shape
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_p23_graph(gpu: str, tokens: int) -> None:
+    guard = Guard(gpu)
+    x = guard.randn(tokens, 264, dtype=torch.bfloat16, writable=True)
+    weights = weights_of(guard, 264, 520, 40, torch.bfloat16)
+    assert_graph_replays(lambda: swiglu_ffn(x, *weights), lambda: x.normal_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
+    x, (w_gate, w_up, w_down) = guard.randn(3, 64, dtype=dtype), weights_of(guard, 64, 88, 32, dtype)
+    both = guard.place(torch.cat([w_gate, w_up]).cpu())
+    for args in ((x, w_gate, w_up, w_down), (x, both, None, w_down), (x[0], w_gate, w_up, w_down)):
+        opcheck(op, args)
+
+
+def test_explain_says_why() -> None:
+    def call(tokens: int = 4, dtype: torch.dtype = torch.bfloat16, sizes: tuple[int, int] = (64, 176)) -> Any:
+        x, w, w_down = (torch.zeros(shape, dtype=dtype) for shape in ((tokens, sizes[0]), sizes[::-1], (32, sizes[1])))
+        return explain("swiglu_ffn", x, w, w, w_down, device="cuda")
+
+    assert call().kernel == "ffn_gate_up + ffn_down" and call().reason == "few tokens: two kernels stream the weights"
+    for plan, reason in (
+        (call(tokens=17), "more than 16 tokens"),
+        (call(dtype=torch.float32), "float32"),
+        (call(sizes=(60, 176)), "sizes are no multiples of 8"),
+    ):
+        assert plan.kernel == "swiglu_rows" and plan.launches[0]["op"] == "swiglu"
+        assert plan.reason == f"{reason}: torch's matrix products around swiglu"
+    assert explain("swiglu_ffn", *(torch.zeros(8, 8) for _ in range(4))).reason.startswith("on the CPU")
+
+
+def test_weights_by_name() -> None:
+    x, weights = torch.randn(3, 64), (torch.randn(88, 64), torch.randn(88, 64), torch.randn(32, 88))
+    expected, both = swiglu_ffn(x, *weights), torch.cat(weights[:2])
+    names = ("w_gate", "w_up", "w_down")
+    for given in range(4):
+        assert same_bytes(swiglu_ffn(x, *weights[:given], **dict(zip(names[given:], weights[given:]))), expected)
+    assert same_bytes(swiglu_ffn(x, w_gate_up=both, w_down=weights[2]), expected)
+    assert same_bytes(swiglu_ffn(x, both, weights[2]), expected)
+    with pytest.raises(TypeError, match="swiglu_ffn: no such argument, or given twice: w_out"):
+        swiglu_ffn(x, *weights, w_out=x)  # type: ignore[call-overload]
+
+
+class Params(ctypes.Structure):
+    """gqa_swiglu_ffn_params."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("struct_size", "dtype")),
+        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down", "activation", "out")),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "intermediate", "out_features")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("x", "w_gate", "w_up", "w_down")),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cpu_twin(dtype: torch.dtype) -> None:
+    """Of the C interface; the op leaves the CPU's products to torch."""
+    library = ctypes.CDLL(str(Path(gqa_kernels.__file__).parent / "libgqa_kernels.so"))
+    guard = Guard("cpu")
+    x, weights = guard.randn(5, 40, dtype=dtype), weights_of(guard, 40, 67, 21, dtype)
+    activation = guard.place(torch.zeros(5, 67, dtype=dtype), writable=True)
+    out = guard.place(torch.zeros(5, 21, dtype=dtype), writable=True)
+    tensors = x, *weights, activation, out
+    sizes = 5, 40, 67, 21
+    strides = [tensor.stride(0) for tensor in tensors[:4]]
+    p = Params(ctypes.sizeof(Params), DTYPES.index(dtype), *(t.data_ptr() for t in tensors), *sizes, *strides)
+    for first, last in ((0, 2), (2, 5)):
+        assert library.gqa_swiglu_ffn_cpu(ctypes.byref(p), ctypes.c_int64(first), ctypes.c_int64(last)) == 0
+    assert_within_bound(out, reference(x, *weights), baseline(x, *weights))
+    guard.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

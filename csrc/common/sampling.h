@@ -2,6 +2,11 @@
 // rounded operation and all that follows is integers, so the same logits, settings, seed and offset give the same
 // token on every device, alone or in any batch. Files that include it must not contract a * b + c.
 //
+//   z_i     the logit as float32 after, where given and in this order, each step one rounded operation:
+//             penalties     of a token that occurs: z / repetition if z > 0, else z * repetition; then, if its count
+//                           is above 0, z - (frequency * count), then z - presence
+//             bias          z + bias
+//             bitmask       -inf where the token's bit is 0
 //   t_i     (z_i - max z) * log2(e) / temperature: 2^t_i is the token's probability relative to the likeliest one's.
 //           Below -43.75, or where z_i is -inf, the token is excluded: it is never drawn.
 //   bin_i   -t_i in eighths of an octave, rounded; m_i = 2^19 * 2^(t_i + bin_i / 8), rounded to 20 bits
@@ -12,17 +17,20 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "common/index.h"
 
 namespace gqa::sampling {
 
 constexpr uint32_t kBins = 351;
-constexpr uint32_t kExcluded = kBins;   // the bin of tokens without mass
-constexpr int64_t kMaxVocab = 1 << 18;  // keeps every product of a sum and a scale below 2^63
+constexpr uint32_t kExcluded = kBins;                  // the bin of tokens without mass
+constexpr int64_t kMaxVocab = 1 << 18;                 // keeps every product of a sum and a scale below 2^63
+constexpr uint32_t kLeastM = 502060, kMostM = 547500;  // of any token with mass
 constexpr uint64_t kTopPOff = uint64_t{1} << 32;
 constexpr uint32_t kInfinityKey = 0xff800000u;  // key() of +inf
 constexpr uint32_t kLowestKey = 0x007fffffu;    // key() of -inf; only NaN, whose key is 0, lies below
+constexpr float kForbidden = -std::numeric_limits<float>::infinity();
 
 #if defined(__CUDA_ARCH__)
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
@@ -63,6 +71,25 @@ GQA_HOST_DEVICE uint32_t key(float z) {
 
 GQA_HOST_DEVICE float key_to_logit(uint32_t key) { return from_bits(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
+// One row's; 1, 0 and 0 change nothing.
+struct Penalties {
+  float repetition, frequency, presence;
+};
+
+// A count above 0 is how often the token was drawn; below 0, it occurs but was not drawn: in a prompt, say.
+GQA_HOST_DEVICE float penalize(float z, int32_t count, const Penalties &p) {
+  const float divided = div(z, p.repetition), multiplied = mul(z, p.repetition);
+  const float repeated = z > 0.0f ? divided : multiplied;
+  const float drawn = sub(sub(repeated, mul(p.frequency, static_cast<float>(count))), p.presence);
+  return count == 0 ? z : (count < 0 ? repeated : drawn);
+}
+
+// A bias of 0 is none: it changes no more than the sign of a zero.
+GQA_HOST_DEVICE float adjust(float z, int32_t count, const Penalties &p, float bias, bool allowed) {
+  if (count != 0) z = penalize(z, count, p);
+  return allowed ? add(z, bias) : kForbidden;
+}
+
 // log2(e) / temperature, the temperature kept where no intermediate overflows or is denormal.
 GQA_HOST_DEVICE float scale_of(float temperature) {
   const float low = temperature < 0x1p-100f ? 0x1p-100f : temperature;
@@ -80,20 +107,28 @@ struct Weight {
   uint32_t m;
 };
 
-GQA_HOST_DEVICE Weight weigh(float t) {
-  const float clamped = t < -43.75f ? -43.75f : t;
-  const float rounded = add(clamped, 0x1.8p20f);  // one unit in the last place is 1/8
-  const float f = sub(clamped, sub(rounded, 0x1.8p20f));
+// For t from -43.75 up.
+GQA_HOST_DEVICE Weight weigh_unchecked(float t) {
+  const float rounded = add(t, 0x1.8p20f);  // one unit in the last place is 1/8
+  const float f = sub(t, sub(rounded, 0x1.8p20f));
   float p = add(mul(f, 29102.869f), 125967.57f);
   p = add(mul(p, f), 363408.75f);
   p = add(mul(p, f), 0x1.1p23f);  // 2^23 + 2^19: the sum is rounded to an integer
-  return {t < -43.75f ? kExcluded : 0x49c00000u - to_bits(rounded), to_bits(p) - 0x4b000000u};
+  return {0x49c00000u - to_bits(rounded), to_bits(p) - 0x4b000000u};
+}
+
+GQA_HOST_DEVICE Weight weigh(float t) {
+  const Weight weight = weigh_unchecked(t < -43.75f ? -43.75f : t);
+  return {t < -43.75f ? kExcluded : weight.bin, weight.m};
 }
 
 // round(2^24 * 2^(-bin / 8)) for the bin's place in its octave.
 GQA_HOST_DEVICE uint64_t bin_scale(uint32_t bin) {
-  constexpr uint32_t scales[8] = {16777216, 15384775, 14107901, 12937002, 11863283, 10878679, 9975792, 9147842};
-  return scales[bin & 7];
+  const bool odd = bin & 1;
+  const uint32_t a = odd ? 15384775 : 16777216, b = odd ? 12937002 : 14107901;
+  const uint32_t c = odd ? 10878679 : 11863283, d = odd ? 9147842 : 9975792;
+  const uint32_t low = bin & 2 ? b : a, high = bin & 2 ? d : c;
+  return bin & 4 ? high : low;
 }
 
 GQA_HOST_DEVICE uint64_t bin_mass(uint64_t sum, uint32_t bin) { return sum * bin_scale(bin) >> (bin >> 3); }

@@ -4,14 +4,15 @@
 //   top()                       {key, has_nan} of the largest logit
 //   first(key)                  the lowest index that holds it
 //   weigh(max, scale, counts)   prepares sum(bin) and, if asked, count(bin) of every bin
-//   total(weight)               weight(bin) summed over the bins
-//   find(weight, need)          the first bin at which the running total reaches need, and the total before it
-//   select(bin, by_count, need) the largest key such that the bin's tokens from it up count, or weigh, at least need
+//   keep(top_k, top_p)          what keeps the top_k likeliest tokens, or all where 0, and of them the likeliest with
+//                               that share of their mass; ties with the last one kept are kept too
 //   kept_sum(kept)              the summed m of the tokens that kept holds of its boundary bin
+//   mass_of(kept)               of all the tokens that kept holds
+//   find_kept(kept, mass)       the first bin at which their running mass reaches this, and the mass before it
 //   pick(kept, bin, need)       the first token, by index, at which the running sum of m over the bin reaches need
 #pragma once
 
-#include "common/sampling.h"
+#include "common/sampling_logits.h"
 
 #if defined(__CUDACC__)
 #define GQA_SAMPLING __device__ __forceinline__
@@ -57,27 +58,39 @@ struct Settings {
   int64_t top_k;
   uint64_t top_p;
   float least_exponent;
-  Random random;
 };
-
-GQA_HOST_DEVICE float value_or(const float *values, int64_t stride, float otherwise, int64_t row) {
-  return values == nullptr ? otherwise : values[row * stride];
-}
 
 GQA_HOST_DEVICE bool has_rows(const gqa_index &index) { return index.data != nullptr && index.stride[0] != 0; }
 
-GQA_HOST_DEVICE Settings load_settings(const gqa_sample_params &p, int64_t row) {
-  const float temperature = value_or(p.temperatures, p.temperatures_stride, p.temperature, row);
+// Of a call, where no tensor has values per row.
+GQA_HOST_DEVICE Settings settings_of(const gqa_sample_params &p) {
+  Settings s;
+  s.greedy = !(p.temperature > 0.0f);
+  s.scale = scale_of(p.temperature);
+  s.top_k = p.top_k;
+  s.top_p = share_of_top_p(p.top_p);
+  s.least_exponent = least_exponent(p.min_p);
+  return s;
+}
+
+// Of a row, given those of the call.
+GQA_HOST_DEVICE Settings load_settings(const gqa_sample_params &p, const Settings &of_call, int64_t row) {
+  Settings s = of_call;
+  if (p.temperatures != nullptr) {
+    const float temperature = p.temperatures[row * p.temperatures_stride];
+    s.greedy = !(temperature > 0.0f);
+    s.scale = scale_of(temperature);
+  }
+  if (p.top_ps != nullptr) s.top_p = share_of_top_p(p.top_ps[row * p.top_ps_stride]);
+  if (p.min_ps != nullptr) s.least_exponent = least_exponent(p.min_ps[row * p.min_ps_stride]);
+  s.top_k = load_index_or(p.top_ks, p.top_k, row);
+  return s;
+}
+
+GQA_HOST_DEVICE Random load_random(const gqa_sample_params &p, int64_t row) {
   const uint64_t seed = load_index_or(p.seeds, static_cast<int64_t>(p.seed), row);
   const uint64_t offset = load_index_or(p.offsets, static_cast<int64_t>(p.offset), row);
-  Settings s;
-  s.greedy = !(temperature > 0.0f);
-  s.scale = scale_of(temperature);
-  s.top_k = load_index_or(p.top_ks, p.top_k, row);
-  s.top_p = share_of_top_p(value_or(p.top_ps, p.top_ps_stride, p.top_p, row));
-  s.least_exponent = least_exponent(value_or(p.min_ps, p.min_ps_stride, p.min_p, row));
-  s.random = philox(seed, offset, has_rows(p.seeds) || has_rows(p.offsets) ? 0 : row);
-  return s;
+  return philox(seed, offset, has_rows(p.seeds) || has_rows(p.offsets) ? 0 : row);
 }
 
 // The token and its probability under the filters: its bin's share of the mass times its share of the bin.
@@ -94,48 +107,70 @@ struct Drawn {
   }
 };
 
+// The filters, for a Row that also has
+//   total(weight)               weight(bin) summed over the bins
+//   find(weight, need)          the first bin at which the running total reaches need, and the total before it
+//   select(bin, by_count, need) the largest key such that the bin's tokens from it up count, or weigh, at least need
 template <typename Row>
-GQA_SAMPLING Drawn draw(Row &row, const Settings &s, int64_t vocab) {
+class Filters {
+ public:
+  GQA_SAMPLING Kept keep(uint64_t top_k, uint64_t top_p) {
+    const auto count = [this](uint32_t bin) { return row().count(bin); };
+    Kept kept;
+    GQA_ROLLED
+    for (int step = 0; step < 2; ++step) {
+      const bool by_count = step == 0;
+      if (by_count ? top_k == 0 || row().total(count) <= top_k : top_p >= kTopPOff) continue;
+      const uint64_t wanted = by_count ? top_k : share_of(mass_of(kept), top_p);
+      const Found found = by_count ? row().find(count, wanted) : find_kept(kept, wanted);
+      const uint64_t left = wanted - found.before;
+      kept.bin = found.bin;
+      kept.key = row().select(found.bin, by_count, by_count ? left : sum_for_mass(left, found.bin));
+      kept.sum = row().kept_sum(kept);
+    }
+    return kept;
+  }
+
+  GQA_SAMPLING uint64_t mass_of(const Kept &kept) { return row().total(mass_by_bin(kept)); }
+
+  GQA_SAMPLING Found find_kept(const Kept &kept, uint64_t mass) { return row().find(mass_by_bin(kept), mass); }
+
+ private:
+  GQA_HOST_DEVICE Row &row() { return static_cast<Row &>(*this); }
+
+  GQA_HOST_DEVICE auto mass_by_bin(const Kept &kept) {
+    return [this, &kept](uint32_t bin) {
+      return bin > kept.bin ? uint64_t{0} : bin_mass(bin == kept.bin ? kept.sum : row().sum(bin), bin);
+    };
+  }
+};
+
+// Whether the row's token is drawn, not the likeliest's taken.
+GQA_HOST_DEVICE bool is_drawn(const Top &top, const Settings &s) {
+  return !s.greedy && !top.has_nan && top.key > kLowestKey;
+}
+
+template <typename Row>
+GQA_SAMPLING Drawn draw(Row &row, const Settings &s, const Random &random, int64_t vocab) {
   const Top top = row.top();
-  const bool valid = !top.has_nan && top.key > kLowestKey;
-  if (!valid || s.greedy) return {row.first(top.key), valid};
+  if (!is_drawn(top, s)) return {row.first(top.key), !top.has_nan && top.key > kLowestKey};
 
   const bool limited = s.top_k > 0 && s.top_k < vocab;
   row.weigh(key_to_logit(top.key), s.scale, limited);
-  Kept kept;
-  const auto mass = [&](uint32_t bin) {
-    return bin > kept.bin ? 0 : bin_mass(bin == kept.bin ? kept.sum : row.sum(bin), bin);
-  };
-
-  // Top-k by count, top-p by mass, then the mass that is left.
-  uint64_t total = 0;
-  GQA_ROLLED
-  for (int step = limited ? 0 : 1;; ++step) {
-    const bool by_count = step == 0;
-    const auto weight = [&](uint32_t bin) { return by_count ? row.count(bin) : mass(bin); };
-    total = row.total(weight);
-    if (step == 2 || (step == 1 && s.top_p >= kTopPOff)) break;
-    const uint64_t wanted = by_count ? static_cast<uint64_t>(s.top_k) : share_of(total, s.top_p);
-    if (total <= wanted && by_count) continue;
-    const Found found = row.find(weight, wanted);
-    const uint64_t left = wanted - found.before;
-    kept.bin = found.bin;
-    kept.key = row.select(found.bin, by_count, by_count ? left : sum_for_mass(left, found.bin));
-    kept.sum = row.kept_sum(kept);
-  }
+  Kept kept = row.keep(limited ? s.top_k : 0, s.top_p);
   const uint32_t least_bin = weigh(s.least_exponent).bin;
   if (least_bin != kExcluded && least_bin <= kept.bin) {
     kept.key = least_bin < kept.bin ? 0 : kept.key;
     kept.bin = least_bin;
     kept.exponent = s.least_exponent;
     kept.sum = row.kept_sum(kept);
-    total = row.total(mass);
   }
 
-  const Found found = row.find(mass, mul_high(s.random.bin, total) + 1);
+  const uint64_t total = row.mass_of(kept);
+  const Found found = row.find_kept(kept, mul_high(random.bin, total) + 1);
   const uint64_t sum = found.bin == kept.bin ? kept.sum : row.sum(found.bin);
-  const Picked picked = row.pick(kept, found.bin, mul_high(s.random.token, sum) + 1);
-  return {picked.index, true, mass(found.bin), total, picked.m, sum};
+  const Picked picked = row.pick(kept, found.bin, mul_high(random.token, sum) + 1);
+  return {picked.index, true, bin_mass(sum, found.bin), total, picked.m, sum};
 }
 
 }  // namespace gqa::sampling

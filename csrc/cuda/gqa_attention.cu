@@ -1,9 +1,9 @@
 // gqa_attention_prefill and gqa_attention_decode: new keys first, then attention, then the parts joined.
-// Launches: decode_ring or prefill_wgmma alone where the plan says so; else append_chunks (new k and v to the cache) or
-// rotate_chunks (new k, rotated, to the workspace); attend, or for float32 attend_float32, one warp per row with lanes
-// over the head's elements; combine_splits, one warp per row. Memory order of the float32 kernel: the row's keys and
-// values in order, each once; of combine_splits: the sums, then the partial rows in order. Limits: as in
-// gqa_attention/attend.cuh; float32 does not split the keys. Determinism: fixed order, no atomics.
+// Launches: decode_ring alone where the plan says so; else append_chunks (new k and v to the cache) or rotate_chunks
+// (new k, rotated, to the workspace); prefill_wgmma where the plan says so; else attend, or for float32 attend_float32,
+// one warp per row with lanes over the head's elements; combine_splits, one or four warps per row. Memory order of the
+// float32 kernel: the row's keys and values in order, each once; of combine_splits: the sums, then the partial rows in
+// order. Limits: as in gqa_attention/attend.cuh; float32 does not split the keys. Determinism: fixed order, no atomics.
 #include <algorithm>
 
 #include "cuda/common/kv_cache_append.cuh"
@@ -120,12 +120,55 @@ __global__ void __launch_bounds__(32 * kFloatRows) attend_float32(const __grid_c
   store_chunk(static_cast<float *>(p.out) + queries.offset(p.out_stride, at) + column, row.out);
 }
 
+constexpr int kSplitsAtOnce = 4;
+
+// Sums of a row's splits part, part + step, ..., in lanes that own two groups of four elements each; head_dim is a
+// multiple of 8 up to 256.
+struct SplitSums {
+  float out[2][4], sum;
+
+  __device__ void add(const AttentionArgs &a, int64_t row, float base, int part, int step) {
+    const int lane = threadIdx.x % 32;
+    for (int first = part; first < a.num_splits; first += step * kSplitsAtOnce) {
+      float2 sums[kSplitsAtOnce];
+      float4 fours[kSplitsAtOnce][2];
+#pragma unroll
+      for (int i = 0; i < kSplitsAtOnce; ++i) {
+        const int split = first + i * step;
+        const bool there = split < a.num_splits;
+        const float *from = a.partial_out + (split * a.rows + row) * a.p.head_dim;
+        sums[i] = there ? a.partial_sum[split * a.rows + row] : make_float2(-INFINITY, 0.0f);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int column = 128 * j + 4 * lane;
+          fours[i][j] = make_float4(0, 0, 0, 0);
+          if (there && column < a.p.head_dim) fours[i][j] = *reinterpret_cast<const float4 *>(from + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kSplitsAtOnce; ++i) {
+        const float weight = exp2_fast(sums[i].x - base);
+        sum += __fmul_rn(weight, sums[i].y);  // not fused: rows alone or shared out add the same products
+        if (!(sums[i].y > 0)) continue;  // nothing was written; NaN shows in the sum
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          out[j][0] += __fmul_rn(weight, fours[i][j].x);
+          out[j][1] += __fmul_rn(weight, fours[i][j].y);
+          out[j][2] += __fmul_rn(weight, fours[i][j].z);
+          out[j][3] += __fmul_rn(weight, fours[i][j].w);
+        }
+      }
+    }
+  }
+};
+
 template <typename T>
-__global__ void __launch_bounds__(128) combine_splits(const __grid_constant__ AttentionArgs a) {
+__global__ void __launch_bounds__(32 * kCombineWarps) combine_splits(const __grid_constant__ AttentionArgs a) {
   const gqa_attention_params &p = a.p;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int share = kCombineWarps / combine_rows(a.num_splits);  // warps of a row
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * combine_rows(a.num_splits) + warp / share;
   if (row >= a.rows) return;
-  const int lane = threadIdx.x % 32;
   const bool ragged = p.cu_seqlens_q.data != nullptr;
   const int64_t token = row / p.num_q_heads, b = ragged ? 0 : token / p.seqlen_q,
                 i = ragged ? token : token % p.seqlen_q;
@@ -136,27 +179,22 @@ __global__ void __launch_bounds__(128) combine_splits(const __grid_constant__ At
   float highest = -INFINITY;
   for (int split = lane; split < a.num_splits; split += 32) highest = fmaxf(highest, parts[split * a.rows].x);
   highest = warp_max(highest);
-  const float base = highest == -INFINITY ? 0.0f : highest;
-
-  // Lanes own groups of four elements; head_dim is a multiple of 8 up to 256.
-  float out[2][4] = {}, sum = 0;
-  for (int split = 0; split < a.num_splits; ++split) {
-    const float2 part = parts[split * a.rows];
-    const float weight = exp2_fast(part.x - base);
-    sum += weight * part.y;
-    if (!(part.y > 0)) continue;  // nothing was written; NaN shows in the sum
-    const float *from = a.partial_out + (split * a.rows + row) * p.head_dim;
+  SplitSums all{};
+  all.add(a, row, highest == -INFINITY ? 0.0f : highest, warp % share, share);
+  if (share > 1) {
+    __shared__ SplitSums shared[kCombineWarps][32];
+    shared[warp][lane] = all;
+    __syncthreads();
+    if (warp > 0) return;
+    for (int other = 1; other < kCombineWarps; ++other) {
+      const SplitSums &more = shared[other][lane];
+      all.sum += more.sum;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int column = 128 * j + 4 * lane;
-      if (column >= p.head_dim) continue;
-      const float4 four = *reinterpret_cast<const float4 *>(from + column);
-      out[j][0] += weight * four.x;
-      out[j][1] += weight * four.y;
-      out[j][2] += weight * four.z;
-      out[j][3] += weight * four.w;
+      for (int e = 0; e < 8; ++e) all.out[e / 4][e % 4] += more.out[e / 4][e % 4];
     }
   }
+  const float(&out)[2][4] = all.out;
+  const float sum = all.sum;
   const Finish finish = nobody ? Finish{0.0f, -INFINITY} : Finish::of<T>(p, head, highest, sum);
   T *to = static_cast<T *>(p.out) + b * p.out_stride[0] + i * p.out_stride[1] + head * p.out_stride[2];
 #pragma unroll
@@ -173,7 +211,7 @@ __global__ void __launch_bounds__(128) combine_splits(const __grid_constant__ At
 
 template <typename T, int kIndex = 0>
 AttendKernel find_kernel(int shape) {
-  if constexpr (kIndex == 2 * kAttentionDims) {
+  if constexpr (kIndex == kAttentionShapeCount) {
     return nullptr;
   } else {
     return shape == kIndex ? attend_kernel<T, kIndex>() : find_kernel<T, kIndex + 1>(shape);
@@ -276,13 +314,13 @@ gqa_status run(AttentionOp op, const gqa_attention_params *p, cudaStream_t strea
     if (p->workspace == nullptr || p->workspace_size < plan.plan.workspace_size) return GQA_STATUS_WORKSPACE_TOO_SMALL;
     if (!is_aligned16(p->workspace)) return GQA_STATUS_INVALID_ARGUMENT;
   }
-  if (plan.wgmma) return prefill_sm90::launch_prefill(*p, plan.prefill, plan.plan.launches[0], stream);
   if (plan.clusters) return decode_sm90::launch_decode(*p, plan.decode, plan.plan.launches[0], stream);
   const gqa_launch *next = plan.plan.launches, *end = next + plan.plan.num_launches;
   if (plan.appends || plan.rotates) {
     GQA_RETURN_IF_ERROR(launch_append(plan.appends ? append_params(*p) : rotate_params(*p), *next++, stream));
   }
   if (next == end) return GQA_STATUS_OK;
+  if (plan.wgmma) return prefill_sm90::launch_prefill(*p, plan.prefill, *next, stream);
   const AttentionArgs args = make_args(*p, plan);
   if (p->dtype == GQA_DTYPE_FLOAT32) return launch(attend_float32, *next, stream, args);
   return dispatch_float(p->dtype, [&](auto tag) {

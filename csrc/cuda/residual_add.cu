@@ -1,6 +1,6 @@
 // residual_add: out = x + residual, rounded once.
-// Rows without gaps are one long row; a thread owns one or four 16-byte runs of it, a block 256 threads.
-// Memory order: x and residual of all the thread's runs, then out; each byte once.
+// Rows without gaps are one long row; a thread owns 16 bytes of it, a block 256 threads.
+// Memory order: x and residual of the thread's run, then out; each byte once. Starts while the kernel before it ends.
 // Limits: any width and row strides; unaligned rows go element by element.
 // Determinism: no reductions, bitwise repeatable.
 #include "cuda/common/pointwise.cuh"

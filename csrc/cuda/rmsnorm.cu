@@ -1,17 +1,17 @@
 // rmsnorm and add_rmsnorm: out = x * rsqrt(mean(x^2) + eps) * (weight + offset), after x + residual for the latter.
-// One block per row; each thread owns 16-byte vectors of the row, strided by the block.
-// Memory order: x (and residual) once, kept in registers up to 1 or 4 vectors a thread and re-read beyond; weight,
-// ahead of the reduction where there are few rows and latency is all; out. Limits: any width and alignment; unaligned
-// rows and odd widths move the same vectors element by element. Determinism: squares are summed 32 vectors at a time by
-// a fixed tree and those sums in order, so a row's bytes depend neither on the block size, nor on its alignment, nor on
-// other rows.
+// A row is taken by blockDim.x threads that keep it in registers, up to 4 vectors of 16 bytes each, blockDim.x apart,
+// and the rest of it in shared memory; narrow rows share a block, blockDim.y of them.
+// Memory order: x (and residual) once, the sum out, weight, out. Starts while the kernel before it ends.
+// Limits: any width and alignment; rows that are not whole vectors of 16 or 8 bytes go element by element. Determinism:
+// squares are summed in the order of square_sum.cuh, so a row's bytes depend neither on the block size, nor on its
+// alignment, nor on other rows.
 #include "plan/rmsnorm.h"
 
 #include <type_traits>
 
-#include "cuda/common/launch.cuh"
-#include "cuda/common/reduce.cuh"
-#include "cuda/common/vec.cuh"
+#include "cuda/common/norm_scale.cuh"
+#include "cuda/common/programmatic_launch.cuh"
+#include "cuda/common/square_sum.cuh"
 
 namespace gqa::cuda {
 namespace {
@@ -24,16 +24,18 @@ __device__ T *row_at(const void *base, const int64_t *stride, uint32_t outer, ui
   return static_cast<T *>(const_cast<void *>(base)) + outer * stride[0] + inner * stride[1];
 }
 
+// A row of the call; one past the last has no elements.
 template <typename T, typename W, typename Params>
 struct Row {
   const T *x, *residual;
   const W *weight;
   T *out, *residual_out;
-  int64_t hidden;
+  int hidden;
 
-  __device__ Row(const Params &p, uint32_t row) : residual(nullptr), residual_out(nullptr), hidden(p.hidden) {
+  __device__ Row(const Params &p, uint32_t row) : residual(nullptr), residual_out(nullptr) {
     const uint32_t inner_rows = static_cast<uint32_t>(p.rows[1]);
     const uint32_t outer = row < inner_rows ? 0 : row / inner_rows, inner = row - outer * inner_rows;
+    hidden = outer < p.rows[0] ? static_cast<int>(p.hidden) : 0;
     x = row_at<T>(p.x, p.x_stride, outer, inner);
     weight = static_cast<const W *>(p.weight);
     out = row_at<T>(p.out, p.out_stride, outer, inner);
@@ -42,135 +44,174 @@ struct Row {
       residual_out = row_at<T>(p.residual_out, p.residual_out_stride, outer, inner);
     }
   }
+
+  __device__ void have_ready_at(int first) const {
+    have_ready(x + first);
+    have_ready(out + first);
+    if constexpr (kAdds<Params>) {
+      have_ready(residual + first);
+      have_ready(residual_out + first);
+    }
+  }
 };
 
-// The vector at element `at`; past the end of the row it is filled with zeros.
-template <bool kAligned, typename T>
-__device__ Vec<T> load(const T *row, int64_t at, int64_t hidden) {
-  if constexpr (kAligned) {
-    return load_vec(row + at);
-  } else {
-    Vec<T> vec;
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kSize; ++i) vec.value[i] = at + i < hidden ? row[at + i] : from_float<T>(0);
-    return vec;
-  }
-}
-
-template <bool kAligned, typename T>
-__device__ void store(T *row, int64_t at, int64_t hidden, const Vec<T> &vec) {
-  if constexpr (kAligned) {
-    store_vec(row + at, vec);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kSize; ++i) {
-      if (at + i < hidden) row[at + i] = vec.value[i];
-    }
-  }
-}
-
-// x, or x + residual rounded to T and written out.
-template <bool kAligned, typename T, typename W, typename Params>
-__device__ Vec<T> load_input(const Row<T, W, Params> &row, int64_t at) {
-  Vec<T> x = load<kAligned>(row.x, at, row.hidden);
-  if constexpr (kAdds<Params>) {
-    const Vec<T> residual = load<kAligned>(row.residual, at, row.hidden);
-#pragma unroll
-    for (int i = 0; i < Vec<T>::kSize; ++i) {
-      x.value[i] = from_float<T>(to_float(x.value[i]) + to_float(residual.value[i]));
-    }
-    store<kAligned>(row.residual_out, at, row.hidden, x);
-  }
-  return x;
+// Kernel parameters come from memory too: those used last are fetched with the first.
+template <typename Params>
+__device__ void have_scale_ready(const Params &p, float inverse_hidden, bool past_cache) {
+  have_ready(p.eps);
+  have_ready(p.weight_offset);
+  have_ready(p.cast_before_weight);
+  have_ready(inverse_hidden);
+  have_ready(static_cast<int>(past_cache));
 }
 
 template <typename T>
-__device__ float sum_of_squares(const Vec<T> &vec) {
-  float sum = 0;
+__device__ Vec<T> sum(const Vec<T> &a, const Vec<T> &b) {
+  Floats<T> x = widen(a);
+  const Floats<T> y = widen(b);
 #pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) sum += to_float(vec.value[i]) * to_float(vec.value[i]);
-  return sum;
+  for (int i = 0; i < Vec<T>::kSize; ++i) x.value[i] += y.value[i];
+  return narrow(x);
 }
 
-// The weights of one vector of x.
-template <typename T, typename W>
-struct Weights {
-  static constexpr int kPart = Vec<W>::kSize < Vec<T>::kSize ? Vec<W>::kSize : Vec<T>::kSize;
-  Vec<W> part[Vec<T>::kSize / kPart];
-
-  __device__ W at(int i) const { return part[i / kPart].value[i % kPart]; }
-};
-
-template <bool kAligned, typename T, typename W, typename Params>
-__device__ Weights<T, W> load_weights(const Row<T, W, Params> &row, int64_t at) {
-  using Result = Weights<T, W>;
-  Result weights;
+// x, or x + residual rounded to T and written out, of kCount vectors of a row `step` apart: all loads, then all stores.
+// Zeros past the end of the row: no branch then parts a load from the next.
+template <int kChunk, int kCount, typename T, typename W, typename Params>
+__device__ void load_inputs(const Row<T, W, Params> &row, int first, int step, bool past_cache, Vec<T> *vecs) {
 #pragma unroll
-  for (int i = 0; i < Vec<T>::kSize / Result::kPart; ++i) {
-    weights.part[i] = load<kAligned>(row.weight, at + i * Result::kPart, row.hidden);
+  for (int i = 0; i < kCount; ++i) {
+    vecs[i] = Vec<T>{};
+    if (first + i * step < row.hidden) vecs[i] = load<kChunk, true>(row.x, first + i * step, row.hidden);
   }
-  return weights;
-}
-
-template <bool kAligned, typename T, typename W, typename Params>
-__device__ void write_out(const Row<T, W, Params> &row, const Vec<T> &x, const Weights<T, W> &weights, int64_t at,
-                          float rstd, const Params &p) {
-  Vec<T> out;
+  if constexpr (kAdds<Params>) {
+    Vec<T> residual[kCount];
 #pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) {
-    const float normed = to_float(x.value[i]) * rstd;
-    const float rounded = p.cast_before_weight ? to_float(from_float<T>(normed)) : normed;
-    out.value[i] = from_float<T>(rounded * (to_float(weights.at(i)) + p.weight_offset));
-  }
-  store<kAligned>(row.out, at, row.hidden, out);
-}
-
-template <bool kAligned, int kHeld, typename T, typename W, typename Params>
-__global__ void __launch_bounds__(512, kAligned ? 2 : 1) norm_row(const __grid_constant__ Params p) {
-  constexpr bool kWeightsAhead = kHeld == 1;
-  extern __shared__ float partial[];
-  const Row<T, W, Params> row(p, blockIdx.x);
-  const int64_t step = static_cast<int64_t>(blockDim.x) * Vec<T>::kSize;
-  const int64_t first = threadIdx.x * Vec<T>::kSize;
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
-  const bool leader = threadIdx.x % 32 == 0;
-  Vec<T> held[kHeld];
+    for (int i = 0; i < kCount; ++i) {
+      residual[i] = Vec<T>{};
+      if (first + i * step < row.hidden) {
+        residual[i] = load<kChunk, true>(row.residual, first + i * step, row.hidden);
+      }
+    }
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    if (first + i * step < row.hidden) held[i] = load_input<kAligned>(row, first + i * step);
-  }
-  Weights<T, W> ahead;
-  if (kWeightsAhead && first < row.hidden) ahead = load_weights<kAligned>(row, first);
-  // Warps run whole: a warp is past the end of the row or its first lane is not.
-  const int64_t warp_first = first - threadIdx.x % 32 * Vec<T>::kSize;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    if (warp_first + i * step < row.hidden) {
-      const float sum = warp_sum(first + i * step < row.hidden ? sum_of_squares(held[i]) : 0.0f);
-      if (leader) partial[i * warps + warp] = sum;
+    for (int i = 0; i < kCount; ++i) {
+      vecs[i] = sum(vecs[i], residual[i]);
+      if (first + i * step < row.hidden) {
+        store<kChunk>(row.residual_out, first + i * step, row.hidden, vecs[i], past_cache);
+      }
     }
   }
-  for (int64_t i = kHeld; warp_first + i * step < row.hidden; ++i) {
-    const int64_t at = first + i * step;
-    const float sum = warp_sum(at < row.hidden ? sum_of_squares(load_input<kAligned>(row, at)) : 0.0f);
-    if (leader) partial[i * warps + warp] = sum;
+}
+
+// Rows of up to 32 vectors, each in up to 32 lanes of one warp.
+template <int kChunk, typename T, typename W, typename Params>
+__global__ void __launch_bounds__(512, 2)
+    norm_narrow_rows(const __grid_constant__ Params p, float inverse_hidden, bool past_cache) {
+  launch_dependents();
+  const Row<T, W, Params> row(p, blockIdx.x * blockDim.y + threadIdx.y);
+  const int at = threadIdx.x * Vec<T>::kSize;
+  row.have_ready_at(at);
+  have_scale_ready(p, inverse_hidden, past_cache);
+  wait_for_prerequisites();
+  Vec<T> x;
+  load_inputs<kChunk, 1>(row, at, 0, past_cache, &x);
+  Weights<T, W> weights;
+  if (at < row.hidden) weights = load_weights<kChunk, T>(row.weight, at, row.hidden);
+  const float total = group_sum(square_sum(x), blockDim.x);
+  const float rstd = reciprocal_rms(total, inverse_hidden, p.eps);
+  if (at < row.hidden) store<kChunk>(row.out, at, row.hidden, scaled<T, W>(x, weights, rstd, p), past_cache);
+}
+
+// Blocks per SM that registers are to allow; what moves or converts more for each vector gets more of them.
+template <int kChunk, int kHeld, typename T, typename W>
+constexpr int least_blocks() {
+  constexpr bool kLean = kChunk == Vec<T>::kSize && std::is_same_v<T, W>;
+  return kHeld == 1 ? 3 : kHeld == 2 ? (kLean ? 5 : 4) : 1;
+}
+
+// Wider rows. What a row has beyond kHeld vectors a thread is kept in shared memory where `keeps`, else read again.
+template <int kChunk, int kHeld, typename T, typename W, typename Params>
+__global__ void __launch_bounds__(most_threads(kHeld, kChunk == Vec<T>::kSize && !kAdds<Params>),
+                                  least_blocks<kChunk, kHeld, T, W>())
+    norm_rows(const __grid_constant__ Params p, float inverse_hidden, bool few_rows, bool past_cache, bool keeps) {
+  constexpr bool kWeightsAhead = kHeld != kMostHeld;
+  extern __shared__ __align__(16) float sums[];
+  launch_dependents();
+  const Row<T, W, Params> row(p, blockIdx.x * blockDim.y + threadIdx.y);
+  const int step = blockDim.x * Vec<T>::kSize, first = threadIdx.x * Vec<T>::kSize;
+  if (few_rows) {
+#pragma unroll 1
+    for (int at = first; at < row.hidden; at += step) prefetch_l2(row.weight + at);
+  }
+  if (kHeld != kMostHeld) row.have_ready_at(first);
+  have_scale_ready(p, inverse_hidden, past_cache);
+  wait_for_prerequisites();
+  Vec<T> held[kHeld];
+  load_inputs<kChunk, kHeld>(row, first, step, past_cache, held);
+  Weights<T, W> ahead[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int at = first + i * step;
+    if (kWeightsAhead && at < row.hidden) ahead[i] = load_weights<kChunk, T>(row.weight, at, row.hidden);
+  }
+  const int warps = blockDim.x / 32, groups = group_sums((static_cast<int>(p.hidden) - 1) / Vec<T>::kSize + 1);
+  float *mine = sums + threadIdx.y * groups + threadIdx.x / 32;
+  const bool leader = threadIdx.x % 32 == 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const float part = group_sum(square_sum(held[i]), 32);
+    if (leader && i * warps + threadIdx.x / 32 < groups) mine[i * warps] = part;
+    keep_packed(held[i]);
+  }
+  auto *kept = reinterpret_cast<Vec<T> *>(sums + groups) + threadIdx.x;
+  int rounds = kHeld;
+  if constexpr (kHeld == kMostHeld) {
+    // A warp runs whole: its first lane is inside the row, or none is.
+    const int warp_first = first - static_cast<int>(threadIdx.x % 32) * Vec<T>::kSize;
+#pragma unroll 1
+    for (; warp_first + rounds * step < row.hidden; ++rounds) {
+      const int at = first + rounds * step;
+      Vec<T> x;
+      load_inputs<kChunk, 1>(row, at, 0, past_cache, &x);
+      if (keeps && at < row.hidden) kept[(rounds - kHeld) * blockDim.x] = x;
+      const float part = group_sum(square_sum(x), 32);
+      if (leader) mine[rounds * warps] = part;
+    }
+  }
+  // Groups past the end of the row, up to a whole tree.
+#pragma unroll 1
+  for (; rounds * warps + threadIdx.x / 32 < groups; ++rounds) {
+    if (leader) mine[rounds * warps] = 0;
   }
   __syncthreads();
-  const int64_t group = 32 * Vec<T>::kSize, groups = (row.hidden + group - 1) / group;
-  float sum = 0;
-  for (int64_t i = 0; i < groups; ++i) sum += partial[i];
-  const float rstd = rsqrtf(sum / static_cast<float>(row.hidden) + p.eps);
+  const float rstd = reciprocal_rms(sum_of_groups(sums + threadIdx.y * groups, groups), inverse_hidden, p.eps);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int64_t at = first + i * step;
-    if (at < row.hidden) {
-      write_out<kAligned>(row, held[i], kWeightsAhead ? ahead : load_weights<kAligned>(row, at), at, rstd, p);
+    const int at = first + i * step;
+    if (at >= row.hidden) continue;
+    const Weights<T, W> weights = kWeightsAhead ? ahead[i] : load_weights<kChunk, T>(row.weight, at, row.hidden);
+    store<kChunk>(row.out, at, row.hidden, scaled<T, W>(held[i], weights, rstd, p), past_cache);
+  }
+  if constexpr (kHeld == kMostHeld) {
+    const T *again = kAdds<Params> ? row.residual_out : row.x;
+#pragma unroll 1
+    for (int at = first + kHeld * step; at < row.hidden; at += step, kept += blockDim.x) {
+      const Vec<T> x = keeps ? *kept : load<kChunk>(again, at, row.hidden);
+      const Weights<T, W> weights = load_weights<kChunk, T>(row.weight, at, row.hidden);
+      store<kChunk>(row.out, at, row.hidden, scaled<T, W>(x, weights, rstd, p), past_cache);
     }
   }
-  const T *again = kAdds<Params> ? row.residual_out : row.x;
-  for (int64_t at = first + kHeld * step; at < row.hidden; at += step) {
-    write_out<kAligned>(row, load<kAligned>(again, at, row.hidden), load_weights<kAligned>(row, at), at, rstd, p);
+}
+
+template <int kChunk, typename T, typename W, typename Params>
+gqa_status launch_rows(const Params &p, const gqa_launch &plan, cudaStream_t stream) {
+  const NormVariant v = NormVariant::decode(plan.variant);
+  const float inverse_hidden = 1.0f / static_cast<float>(p.hidden);
+  if (v.held == 0) {
+    return launch_programmatic(norm_narrow_rows<kChunk, T, W, Params>, plan, stream, p, inverse_hidden, v.past_cache);
   }
+  auto *kernel = v.held == kMostHeld ? norm_rows<kChunk, kMostHeld, T, W, Params>
+                                     : norm_rows<kChunk, light_held<Params>(), T, W, Params>;
+  return launch_programmatic(kernel, plan, stream, p, inverse_hidden, v.few_rows, v.past_cache, v.keeps);
 }
 
 template <typename Params>
@@ -178,19 +219,16 @@ gqa_status run(const Params *p, const gqa_plan &plan, cudaStream_t stream) {
   if (plan.num_launches == 0) return GQA_STATUS_OK;
   return dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto pick = [&](auto aligned, auto held) {
-      constexpr bool kAligned = decltype(aligned)::value;
-      constexpr int kHeld = decltype(held)::value;
-      return p->weight_dtype == p->dtype ? norm_row<kAligned, kHeld, T, T, Params>
-                                         : norm_row<kAligned, kHeld, T, float, Params>;
+    constexpr int kVector = Vec<T>::kSize;
+    const auto by_weight = [&](auto chunk) {
+      constexpr int kChunk = decltype(chunk)::value;
+      return p->weight_dtype == p->dtype ? launch_rows<kChunk, T, T>(*p, plan.launches[0], stream)
+                                         : launch_rows<kChunk, T, float>(*p, plan.launches[0], stream);
     };
-    constexpr std::integral_constant<int, 1> kOne;
-    constexpr std::integral_constant<int, 4> kFour;
-    const int variant = plan.launches[0].variant;
-    auto *kernel = variant == kUnalignedRows ? pick(std::false_type{}, kOne)
-                   : variant == kFewRows     ? pick(std::true_type{}, kOne)
-                                             : pick(std::true_type{}, kFour);
-    return launch(kernel, plan.launches[0], stream, *p);
+    const int chunk = NormVariant::decode(plan.launches[0].variant).chunk;
+    if (chunk == kVector) return by_weight(std::integral_constant<int, kVector>{});
+    if (chunk == kVector / 2) return by_weight(std::integral_constant<int, kVector / 2>{});
+    return by_weight(std::integral_constant<int, 1>{});
   });
 }
 

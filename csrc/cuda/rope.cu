@@ -1,30 +1,28 @@
 // rope: rotates each head of q and k by the angles of its token; pairs are (i, i + dim / 2) or (2i, 2i + 1).
 // A block is one token or a few: x walks a head by units of 1 or 16 bytes' worth of pairs, y heads, z tokens.
-// Memory order: position, cos and sin once per thread for all its heads; then two heads read, rotated and written.
-// Limits: any head_dim, strides and alignment; what is not whole aligned 16-byte vectors takes the scalar instance.
-// Determinism: no reductions, each product rounds by itself; bitwise repeatable, in place equals out of place.
+// Memory order: position, then a head's unit with cos and sin, then the unit written. Starts while the kernel before it
+// ends. Limits: any head_dim, strides and alignment; what is not whole aligned 16-byte vectors takes the scalar
+// instance. Determinism: no reductions, each product rounds by itself; bitwise repeatable, in place equals out of
+// place.
 #include "plan/rope.h"
 
 #include "common/attention.h"
 #include "common/rotate.h"
-#include "cuda/common/launch.cuh"
-#include "cuda/common/vec.cuh"
+#include "cuda/common/pack.cuh"
+#include "cuda/common/programmatic_launch.cuh"
 
 namespace gqa::cuda {
 namespace {
 
-constexpr int kHeads = 2;
-
-// N consecutive table entries as float, in 16-byte loads where N > 1; NaN for a position outside the table.
+// N consecutive table entries as float, in 16-byte loads where N > 1.
 template <int N, typename C>
-__device__ void load_angles(const void *table, int64_t offset, int64_t pair, float (&angle)[N]) {
+__device__ void load_angles(const C *from, float (&angle)[N]) {
   constexpr int kStep = N == 1 ? 1 : Vec<C>::kSize;
 #pragma unroll
   for (int i = 0; i < N; i += kStep) {
-    Run<C, kStep> run;
-    if (offset >= 0) run = load_run<kStep>(static_cast<const C *>(table) + offset + pair + i);
+    const Run<C, kStep> run = load_run<kStep>(from + i);
 #pragma unroll
-    for (int j = 0; j < kStep; ++j) angle[i + j] = offset >= 0 ? to_float(run.value[j]) : __int_as_float(0x7fc00000);
+    for (int j = 0; j < kStep; ++j) angle[i + j] = to_float(run.value[j]);
   }
 }
 
@@ -41,12 +39,18 @@ struct Unit {
     high = load_run<N>(head + high_at(pair, half));
   }
 
-  __device__ void store(T *head, int64_t pair, int64_t half) const {
-    store_run(head + low_at(pair), low);
-    store_run(head + high_at(pair, half), high);
+  __device__ void store(T *head, int64_t pair, int64_t half, bool past_cache) const {
+    store_run(head + low_at(pair), low, past_cache);
+    store_run(head + high_at(pair, half), high, past_cache);
   }
 
   __device__ T &at(int i) { return i < N ? low.value[i] : high.value[i - N]; }
+
+  // A token whose position is outside the table.
+  __device__ void fill(T value) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) low.value[i] = high.value[i] = value;
+  }
 
   __device__ void rotate(const float (&cosine)[N], const float (&sine)[N]) {
 #pragma unroll
@@ -79,33 +83,53 @@ __device__ Head<T> head_at(const gqa_rope_params &p, int64_t b, int64_t s, int64
 }
 
 template <typename T, typename C, int N, bool kInterleaved>
-__global__ void __launch_bounds__(256) rope_kernel(const __grid_constant__ gqa_rope_params p) {
+__global__ void __launch_bounds__(320, 4)
+    rope_kernel(const __grid_constant__ gqa_rope_params p, bool few_tokens, bool past_cache) {
+  launch_dependents();
   const uint32_t seqlen = static_cast<uint32_t>(p.seqlen);  // the plan keeps the number of tokens below 2^31
   const uint32_t token = blockIdx.x * blockDim.z + threadIdx.z;
-  if (token >= static_cast<uint32_t>(p.batch) * seqlen) return;
-  const int64_t b = token / seqlen, s = token % seqlen;
-  const int64_t offset = rotary_offset(p.rotary, b, s, s);
-  const int heads = p.num_q_heads + (p.k != nullptr ? p.num_kv_heads : 0);
-  const int half = p.rotary.dim / 2;
-  for (int pair = threadIdx.x * N; pair < half; pair += blockDim.x * N) {
-    float cosine[N], sine[N];
-    load_angles<N, C>(p.rotary.cos, offset, pair, cosine);
-    load_angles<N, C>(p.rotary.sin, offset, pair, sine);
-    for (int first = threadIdx.y; first < heads; first += kHeads * blockDim.y) {
-      Unit<T, N, kInterleaved> unit[kHeads];
-#pragma unroll
-      for (int i = 0; i < kHeads; ++i) {
-        const int head = first + i * blockDim.y;
-        if (head < heads) unit[i].load(head_at<T>(p, b, s, head).in, pair, half);
+  const uint32_t b = token < seqlen ? 0 : token / seqlen, s = token - b * seqlen;
+  const int half = p.rotary.dim / 2, heads = p.num_q_heads + (p.k != nullptr ? p.num_kv_heads : 0);
+  int pair = threadIdx.x * N;
+  const bool inside = b < p.batch, has_positions = p.rotary.positions.data != nullptr;
+  // Positions may be the kernel before's to write; without them the angles' place is known.
+  int64_t offset = inside && !has_positions ? rotary_offset(p.rotary, b, s, s) : -1;
+  if (few_tokens && offset >= 0) {
+    prefetch_l2(static_cast<const C *>(p.rotary.cos) + offset + pair);
+    prefetch_l2(static_cast<const C *>(p.rotary.sin) + offset + pair);
+  }
+  int head = threadIdx.y;
+  Head<T> at = head_at<T>(p, b, s, head);
+  have_ready(at.in);
+  have_ready(at.out);
+  have_ready(offset);
+  have_ready(p.rotary.cos);
+  have_ready(p.rotary.sin);
+  have_ready(heads);
+  have_ready(p.head_dim);
+  have_ready(static_cast<int>(past_cache));
+  wait_for_prerequisites();
+  if (!inside) return;
+  if (has_positions) offset = rotary_offset(p.rotary, b, s, s);
+#pragma unroll 1
+  for (; pair < half; pair += blockDim.x * N) {
+    while (head < heads) {
+      Unit<T, N, kInterleaved> unit;
+      if (offset >= 0) {
+        unit.load(at.in, pair, half);
+        float cosine[N], sine[N];
+        load_angles(static_cast<const C *>(p.rotary.cos) + offset + pair, cosine);
+        load_angles(static_cast<const C *>(p.rotary.sin) + offset + pair, sine);
+        unit.rotate(cosine, sine);
+      } else {
+        unit.fill(from_float<T>(__int_as_float(0x7fc00000)));
       }
-#pragma unroll
-      for (int i = 0; i < kHeads; ++i) {
-        const int head = first + i * blockDim.y;
-        if (head >= heads) continue;
-        unit[i].rotate(cosine, sine);
-        unit[i].store(head_at<T>(p, b, s, head).out, pair, half);
-      }
+      unit.store(at.out, pair, half, past_cache);
+      head += blockDim.y;
+      if (head < heads) at = head_at<T>(p, b, s, head);
     }
+    head = threadIdx.y;
+    at = head_at<T>(p, b, s, head);
   }
   if (p.rotary.dim == p.head_dim) return;
   for (int head = threadIdx.y; head < heads; head += blockDim.y) {
@@ -123,7 +147,9 @@ gqa_status run(const gqa_rope_params *p, const gqa_launch &plan, cudaStream_t st
   const bool interleaved = p->rotary.interleaved != 0;
   auto *vector = interleaved ? rope_kernel<T, C, kVector, true> : rope_kernel<T, C, kVector, false>;
   auto *scalar = interleaved ? rope_kernel<T, C, 1, true> : rope_kernel<T, C, 1, false>;
-  return launch(plan.variant ? vector : scalar, plan, stream, *p);
+  const RopeVariant variant = RopeVariant::decode(plan.variant);
+  return launch_programmatic(variant.vectors ? vector : scalar, plan, stream, *p, variant.few_tokens,
+                             variant.past_cache);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // sample: one token per row, by the definition of common/sampling.h; the same token as the CPU twin's.
 // One block per row. Threads stride over the row's 16-byte vectors; a warp owns a stretch of it where order matters.
-// Memory order: the row once for its largest logit, once for the bins, 3 or 4 times for top-k and for top-p, once for
-// min-p, once for the token, all but the first from L2. The bins lie in 64 columns: lanes of a warp never meet.
+// Memory order: the row, and penalties, bias and bitmask with it, once for the largest logit, once for the bins, 3 or 4
+// times each for top-k and top-p, once for min-p, once for the token, all but the first from L2. Bins: 64 columns.
 // Limits: vocab <= 2^18; any alignment and row stride. Sorts nothing. 95 KB of shared memory.
 // Determinism: integer sums, so any order gives the same bytes; rows do not see each other.
 #include "plan/sample.h"
@@ -29,8 +29,8 @@ static_assert(kWarps == 32);
 static_assert(kDigits == 1 << kDigitBits && 2 * kDigits <= static_cast<int>(kBins + 1) * kColumns);
 
 // Upper bits of the key that can differ: below them, logits widened from 16 bits agree.
-template <typename T>
-constexpr int kKeyBits = std::is_same_v<T, float> ? 32 : (std::is_same_v<T, __half> ? 19 : 16);
+template <typename T, bool kAdjusted>
+constexpr int kKeyBits = kAdjusted || sizeof(T) == 4 ? 32 : (std::is_same_v<T, __half> ? 19 : 16);
 
 __device__ __forceinline__ u64 warp_sum(u64 value) {
 #pragma unroll
@@ -51,11 +51,12 @@ struct Shared {
   Picked picked;
 };
 
-template <typename T>
-class Row {
+// kAdjusted: with penalties, a bias or a bitmask.
+template <typename T, bool kAdjusted>
+class Row : public Filters<Row<T, kAdjusted>> {
  public:
-  __device__ Row(const T *z, int vocab, Shared *shared, uint32_t *cells)
-      : z_(z), vocab_(vocab), shared_(*shared), cells_(cells) {}
+  __device__ Row(const T *z, int vocab, const Adjustments<T> *by, Shared *shared, uint32_t *cells)
+      : z_(z), vocab_(vocab), by_(*by), shared_(*shared), cells_(cells) {}
 
   __device__ Top top() {
     uint32_t largest = 0;
@@ -120,9 +121,9 @@ class Row {
 
   // Eleven bits of the key at a time, from the top: a histogram of the digit, walked down from its largest value.
   __device__ uint32_t select(uint32_t bin, bool by_count, uint64_t need) {
-    constexpr int kConstantBits = 32 - kKeyBits<T>;
+    constexpr int kConstantBits = 32 - kKeyBits<T, kAdjusted>;
     uint32_t prefix = 0;
-    for (int left = kKeyBits<T>; left > 0;) {
+    for (int left = kKeyBits<T, kAdjusted>; left > 0;) {
       const int take = left < kDigitBits ? left : kDigitBits;
       const int shift = left - take;
       for (int i = threadIdx.x; i < 2 * kDigits; i += kThreads) cells_[i] = 0;
@@ -168,13 +169,16 @@ class Row {
     const int share = (stretch + kThreads - 1) / kThreads;
     const int first = min(start + static_cast<int>(threadIdx.x) * share, end), last = min(first + share, end);
     sum = 0;
-    for (int i = first; i < last; ++i) sum += weight_in(kept, bin, to_float(z_[i]));
+    for (int i = first; i < last; ++i) sum += weight_in(kept, bin, logit(i));
     const Crossing in_stretch = cross(sum, need);
     need -= in_stretch.before;
     if (static_cast<int>(threadIdx.x) == in_stretch.thread) {
       uint32_t m = 0;
       int i = first - 1;
-      for (sum = 0; sum < need; sum += m) m = weight_in(kept, bin, to_float(z_[++i]));
+      for (sum = 0; sum < need; sum += m) {
+        ++i;
+        m = weight_in(kept, bin, logit(i));
+      }
       shared_.picked = {i, m};
     }
     __syncthreads();
@@ -185,15 +189,28 @@ class Row {
   __device__ static int lane() { return threadIdx.x % 32; }
   __device__ static int warp() { return threadIdx.x / 32; }
 
+  __device__ __forceinline__ float logit(int i) const {
+    const float z = to_float(z_[i]);
+    if constexpr (!kAdjusted) return z;
+    const int32_t count = by_.counts == nullptr ? 0 : by_.counts[i];
+    const float bias = by_.bias == nullptr ? 0.0f : by_.with_bias([&](auto *of) { return to_float(of[i]); });
+    return adjust(z, count, by_.penalties, bias, by_.is_allowed(i));
+  }
+
   // f(index, logit) over [begin, end), divided among `threads` of which this is number `thread`.
   template <typename F>
   __device__ __forceinline__ void for_each(int begin, int end, int thread, int threads, F &&f) const {
+    if constexpr (kAdjusted) {  // neighbours to neighbouring threads, whatever the alignment of each tensor
+#pragma unroll 4
+      for (int i = begin + thread; i < end; i += threads) f(i, logit(i));
+      return;
+    }
     constexpr int kSize = Vec<T>::kSize;
     const int misaligned = reinterpret_cast<uintptr_t>(z_ + begin) % 16 / sizeof(T);
     const int body = min(begin + (kSize - misaligned) % kSize, end);
     const int vectors = (end - body) / kSize;
     const int tail = body + vectors * kSize;
-    for (int i = begin + thread; i < body; i += threads) f(i, to_float(z_[i]));
+    for (int i = begin + thread; i < body; i += threads) f(i, logit(i));
     Vec<T> next;
     if (thread < vectors) next = load_vec(z_ + body + thread * kSize);
     for (int v = thread; v < vectors; v += threads) {
@@ -202,7 +219,7 @@ class Row {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) f(body + v * kSize + i, to_float(vec.value[i]));
     }
-    for (int i = tail + thread; i < end; i += threads) f(i, to_float(z_[i]));
+    for (int i = tail + thread; i < end; i += threads) f(i, logit(i));
   }
 
   // m of a token that belongs to `bin` and is kept, else 0.
@@ -243,18 +260,25 @@ class Row {
 
   const T *z_;
   int vocab_;
+  const Adjustments<T> &by_;  // in shared memory: registers are for the passes
   float max_ = 0, scale_ = 0;
   Shared &shared_;
   uint32_t *cells_;  // [kBins][kColumns] or, in select, [2][kDigits]
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_params p) {
+template <typename T, bool kAdjusted>
+__global__ void __launch_bounds__(kThreads, 1) sample_row(const gqa_sample_params p, const Settings of_call) {
   extern __shared__ uint32_t cells[];
   __shared__ Shared shared;
+  __shared__ Adjustments<T> by;
   const int64_t at = blockIdx.x;
-  Row<T> row(static_cast<const T *>(p.logits) + at * p.logits_stride, static_cast<int>(p.vocab), &shared, cells);
-  const Drawn drawn = draw(row, load_settings(p, at), p.vocab);
+  if constexpr (kAdjusted) {
+    if (threadIdx.x == 0) by = load_adjustments<T>(p, at);
+    __syncthreads();
+  }
+  const T *z = static_cast<const T *>(p.logits) + at * p.logits_stride;
+  Row<T, kAdjusted> row(z, static_cast<int>(p.vocab), &by, &shared, cells);
+  const Drawn drawn = draw(row, load_settings(p, of_call, at), load_random(p, at), p.vocab);
   if (threadIdx.x != 0) return;
   p.ids[at] = drawn.id;
   if (p.valid != nullptr) p.valid[at] = drawn.valid;
@@ -271,8 +295,15 @@ extern "C" gqa_status gqa_sample_cuda(const gqa_sample_params *p, CUstream_st *s
   gqa_device device;
   GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
   GQA_RETURN_IF_ERROR(gqa_sample_plan(p, &device, &plan));
-  if (plan.launches[0].variant != 0) return gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
+  if (plan.launches[0].variant != 0) {
+    const bool greedy = plan.launches[0].shared_memory == 0;
+    return greedy ? gqa::cuda::launch_sample_greedy(*p, plan.launches[0], stream)
+                  : gqa::cuda::launch_sample_cluster(*p, plan.launches[0], stream);
+  }
   return gqa::cuda::dispatch_float(p->dtype, [&](auto tag) {
-    return gqa::cuda::launch(gqa::cuda::sample_row<typename decltype(tag)::type>, plan.launches[0], stream, *p);
+    using T = typename decltype(tag)::type;
+    const auto kernel =
+        gqa::sampling::is_adjusted(*p) ? gqa::cuda::sample_row<T, true> : gqa::cuda::sample_row<T, false>;
+    return gqa::cuda::launch(kernel, plan.launches[0], stream, *p, gqa::sampling::settings_of(*p));
   });
 }

@@ -170,6 +170,30 @@ typedef struct gqa_swiglu_params {
   int64_t out_stride[2];
 } gqa_swiglu_params;
 
+/*
+ * The feed-forward block for few tokens: activation = swiglu(x w_gate^T, x w_up^T), out = activation w_down^T. Sums in
+ * float32; each matrix product, the silu and the activation are rounded to dtype. CUDA serves 1 ... 16 tokens of
+ * float16 or bfloat16 on sm_90; hidden and intermediate are multiples of 8, and rows begin at multiples of 16 bytes.
+ */
+typedef struct gqa_swiglu_ffn_params {
+  uint32_t struct_size;
+  int32_t dtype;
+  const void *x;      /* [tokens, hidden] */
+  const void *w_gate; /* [intermediate, hidden] */
+  const void *w_up;   /* [intermediate, hidden] */
+  const void *w_down; /* [out_features, intermediate] */
+  void *activation;   /* [tokens, intermediate] contiguous scratch: what the first half hands to the second */
+  void *out;          /* [tokens, out_features] contiguous */
+  int64_t tokens;
+  int64_t hidden;
+  int64_t intermediate;
+  int64_t out_features;
+  int64_t x_stride;
+  int64_t w_gate_stride;
+  int64_t w_up_stride;
+  int64_t w_down_stride;
+} gqa_swiglu_ffn_params;
+
 /* ----------------------------------------------------------------------------------------------- rope -- */
 
 /* Rotates q and k. In place when q_out == q (k_out == k) with equal strides. Default position of token s: s. */
@@ -191,6 +215,33 @@ typedef struct gqa_rope_params {
   int64_t k_out_stride[3];
   gqa_rotary rotary;
 } gqa_rope_params;
+
+/* Each head of q and k normalised over D by its weight, then rotated: rope(rmsnorm(q), rmsnorm(k)) to the bit. In place
+ * and positions as in gqa_rope_params. */
+typedef struct gqa_qk_rmsnorm_rope_params {
+  uint32_t struct_size;
+  int32_t dtype;
+  int32_t weight_dtype; /* of both weights: float32 or dtype */
+  const void *q;        /* [B, S, Hq, D] */
+  const void *k;        /* [B, S, Hkv, D] */
+  const void *q_weight; /* [D] */
+  const void *k_weight; /* [D] */
+  void *q_out;
+  void *k_out;
+  int64_t batch;
+  int64_t seqlen;
+  int32_t num_q_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int64_t q_stride[3]; /* batch, token, head */
+  int64_t k_stride[3];
+  int64_t q_out_stride[3];
+  int64_t k_out_stride[3];
+  gqa_rotary rotary;
+  float eps;
+  float weight_offset;
+  int32_t cast_before_weight;
+} gqa_qk_rmsnorm_rope_params;
 
 /* ------------------------------------------------------------------------------------------ attention -- */
 
@@ -299,6 +350,10 @@ typedef struct gqa_merge_attention_states_params {
 /*
  * Draws one token per row. A setting's per-row pointer, where given, replaces its scalar. Where neither seeds nor
  * offsets has a value per row, a row is told apart by its index; where one has, that value alone decides.
+ *
+ * Before anything else a logit z becomes, in float32: for a token whose count is not 0, z > 0 ? z / repetition :
+ * z * repetition; if the count is above 0, then z - frequency * count, then z - presence; plus its bias; -inf where its
+ * bit of the mask is 0. A count below 0 marks a token that only the repetition penalty is to see, as of a prompt.
  */
 typedef struct gqa_sample_params {
   uint32_t struct_size;
@@ -306,7 +361,7 @@ typedef struct gqa_sample_params {
   const void *logits; /* [rows, vocab] */
   int64_t *ids;       /* [rows], always in [0, vocab) */
   uint8_t *valid;     /* [rows] 0 where the row held a NaN or no logit above -inf, or NULL */
-  float *logprob;     /* [rows] natural log, of the token under the filtered distribution, or NULL */
+  float *logprob;     /* [rows] natural log, of the token under the adjusted, filtered distribution, or NULL */
   int64_t rows;
   int64_t vocab; /* at most 2^18 */
   int64_t logits_stride;
@@ -325,6 +380,19 @@ typedef struct gqa_sample_params {
   int64_t temperatures_stride; /* 0: one value for all rows, and so on */
   int64_t top_ps_stride;
   int64_t min_ps_stride;
+  const void *logit_bias;            /* [rows, vocab] or NULL */
+  const int32_t *allowed_bitmask;    /* [rows, ceil(vocab / 32)], bit i % 32 of word i / 32 is token i's, or NULL */
+  const int32_t *token_counts;       /* [rows, vocab]; may be NULL where there is no penalty */
+  const float *repetition_penalties; /* [rows] or NULL: 1, and so on */
+  const float *frequency_penalties;  /* NULL: 0 */
+  const float *presence_penalties;   /* NULL: 0 */
+  int64_t logit_bias_stride;         /* 0: one row for all, and so on */
+  int64_t allowed_bitmask_stride;
+  int64_t token_counts_stride;
+  int64_t repetition_penalties_stride;
+  int64_t frequency_penalties_stride;
+  int64_t presence_penalties_stride;
+  int32_t logit_bias_dtype; /* float32 or dtype */
 } gqa_sample_params;
 
 /* -------------------------------------------------------------------------------------------- functions -- */
@@ -339,7 +407,9 @@ GQA_DECLARE_OP(rmsnorm, gqa_rmsnorm_params);
 GQA_DECLARE_OP(add_rmsnorm, gqa_add_rmsnorm_params);
 GQA_DECLARE_OP(residual_add, gqa_residual_add_params);
 GQA_DECLARE_OP(swiglu, gqa_swiglu_params);
+GQA_DECLARE_OP(swiglu_ffn, gqa_swiglu_ffn_params);
 GQA_DECLARE_OP(rope, gqa_rope_params);
+GQA_DECLARE_OP(qk_rmsnorm_rope, gqa_qk_rmsnorm_rope_params);
 GQA_DECLARE_OP(kv_cache_append, gqa_kv_cache_append_params);
 GQA_DECLARE_OP(attention_prefill, gqa_attention_prefill_params);
 GQA_DECLARE_OP(attention_decode, gqa_attention_decode_params);

@@ -35,6 +35,10 @@ gqa_device explain_device() { return state.device; }
 
 void record_plan(const gqa_plan &plan) { state.plans.push_back(plan); }
 
+void explain_why(const char *reason) {
+  if (state.active && !state.plans.empty()) state.plans.back().reason = reason;
+}
+
 const char *dtype_name_of(int32_t dtype) {
   switch (dtype) {
     case GQA_DTYPE_FLOAT32: return "float32";

@@ -18,6 +18,8 @@ bool explaining();
 bool explain_as_cuda(bool tensors_on_cuda);
 gqa_device explain_device();
 void record_plan(const gqa_plan &plan);
+// Gives the plan recorded last another reason; `reason` lives as long as the program.
+void explain_why(const char *reason);
 
 const char *dtype_name_of(int32_t dtype);
 gqa_status cpu_plan(const char *op, int32_t dtype, gqa_plan *plan);

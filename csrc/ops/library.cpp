@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, "
       "bool interleaved=False) -> ()");
   m.def(
+      "qk_rmsnorm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, *, "
+      "float eps=1e-06, Tensor? position_ids=None, bool interleaved=False, float weight_offset=0.0, "
+      "bool cast_before_weight=True) -> (Tensor, Tensor)");
+  m.def(
       "rmsnorm(Tensor x, Tensor weight, float eps, *, float weight_offset=0.0, bool cast_before_weight=True) "
       "-> Tensor");
   m.def(
@@ -37,6 +41,7 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       "bool cast_before_weight=True) -> (Tensor, Tensor)");
   m.def("residual_add(Tensor x, Tensor residual) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor? up=None) -> Tensor");
+  m.def("swiglu_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down) -> Tensor");
   m.def(
       "sample(Tensor logits, *, float temperature=1.0, SymInt top_k=0, float top_p=1.0, float min_p=0.0, "
       "SymInt seed=0, SymInt offset=0, Tensor? temperatures=None, Tensor? top_ks=None, Tensor? top_ps=None, "

@@ -20,11 +20,7 @@ std::string number(double value) {
   return text;
 }
 
-void refuse(const char *name, const Optional &tensor) {
-  if (tensor) fail(kOp, std::string(name) + " must be None, got a tensor: " + name + " is not supported yet");
-}
-
-// A setting's values as rows with one stride: 0 where one value serves all rows.
+// A setting's values, or rows of them, with the stride from row to row: 0 where one serves all rows.
 struct RowValues {
   Optional tensor;  // keeps a copy alive
   const void *data = nullptr;
@@ -58,6 +54,36 @@ RowValues index_values(const char *name, const Optional &given, const Tensor &lo
   return values;
 }
 
+// A tensor [..., width] as rows with one stride, copied where its strides take more.
+Rows as_flat_rows(const Tensor &tensor) {
+  Rows rows;
+  if (collapse(tensor, &rows) && rows.count[0] == 1) return rows;
+  rows = Rows{};
+  collapse(torch::stable::contiguous(tensor), &rows);
+  return rows;
+}
+
+// `width` values for each row of logits, or the same for all.
+RowValues wide_values(const char *name, const Optional &given, const Tensor &logits, int64_t width) {
+  if (!given) return {};
+  check_same_device(kOp, name, *given, "logits", logits);
+  const auto sizes = given->sizes(), like = logits.sizes();
+  const bool shared = sizes.size() == 1 && sizes[0] == width;
+  const bool per_row = sizes.size() == like.size() && std::equal(sizes.begin(), sizes.end() - 1, like.begin());
+  check_value(kOp, shared || (per_row && sizes.back() == width), name,
+              "[" + std::to_string(width) + "] or one such row per row of logits " + shape_string(logits),
+              "shape " + shape_string(*given));
+  const Rows rows = as_flat_rows(*given);
+  return {rows.tensor, rows.tensor.data_ptr(), rows.stride[1]};
+}
+
+RowValues wide_int32(const char *name, const Optional &given, const Tensor &logits, int64_t width) {
+  if (given && given->scalar_type() != ScalarType::Int) {
+    fail(kOp, std::string(name) + " must be int32, got " + dtype_string(*given));
+  }
+  return wide_values(name, given, logits, width);
+}
+
 void check_numbers(double temperature, double top_p, double min_p) {
   check_value(kOp, temperature >= 0 && std::isfinite(temperature), "temperature", "0 (greedy) or a larger number",
               number(temperature));
@@ -84,13 +110,6 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor &logits, double temperatu
                                           const Optional &presence_penalty, bool return_logprob) {
   check_logits(logits);
   check_numbers(temperature, top_p, min_p);
-  refuse("logit_bias", logit_bias);
-  refuse("allowed_bitmask", allowed_bitmask);
-  refuse("token_counts", token_counts);
-  refuse("repetition_penalty", repetition_penalty);
-  refuse("frequency_penalty", frequency_penalty);
-  refuse("presence_penalty", presence_penalty);
-
   gqa_sample_params p{};
   p.struct_size = sizeof(p);
   p.dtype = gqa_dtype_of(logits);
@@ -113,11 +132,31 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor &logits, double temperatu
   p.min_ps = static_cast<const float *>(least.data);
   p.min_ps_stride = least.stride;
 
-  Rows rows;
-  if (!collapse(logits, &rows) || rows.count[0] != 1) {
-    rows = Rows{};
-    collapse(torch::stable::contiguous(logits), &rows);
-  }
+  const int64_t vocab = logits.size(logits.dim() - 1);
+  if (logit_bias) check_weight_dtype(kOp, "logit_bias", *logit_bias, "logits", logits);
+  const RowValues bias = wide_values("logit_bias", logit_bias, logits, vocab);
+  const RowValues allowed = wide_int32("allowed_bitmask", allowed_bitmask, logits, (vocab + 31) / 32);
+  const RowValues counts = wide_int32("token_counts", token_counts, logits, vocab);
+  const RowValues repetition = float_values("repetition_penalty", repetition_penalty, logits);
+  const RowValues frequency = float_values("frequency_penalty", frequency_penalty, logits);
+  const RowValues presence = float_values("presence_penalty", presence_penalty, logits);
+  check_value(kOp, token_counts || !(repetition_penalty || frequency_penalty || presence_penalty), "token_counts",
+              "given together with a penalty", "None");
+  p.logit_bias = bias.data;
+  p.logit_bias_stride = bias.stride;
+  p.logit_bias_dtype = logit_bias ? gqa_dtype_of(*logit_bias) : GQA_DTYPE_FLOAT32;
+  p.allowed_bitmask = static_cast<const int32_t *>(allowed.data);
+  p.allowed_bitmask_stride = allowed.stride;
+  p.token_counts = static_cast<const int32_t *>(counts.data);
+  p.token_counts_stride = counts.stride;
+  p.repetition_penalties = static_cast<const float *>(repetition.data);
+  p.repetition_penalties_stride = repetition.stride;
+  p.frequency_penalties = static_cast<const float *>(frequency.data);
+  p.frequency_penalties_stride = frequency.stride;
+  p.presence_penalties = static_cast<const float *>(presence.data);
+  p.presence_penalties_stride = presence.stride;
+
+  const Rows rows = as_flat_rows(logits);
   p.logits = rows.tensor.data_ptr();
   p.rows = rows.count[1];
   p.vocab = rows.width;

@@ -5,6 +5,7 @@
 
 #include "ops/rows.h"
 #include "ops/run.h"
+#include "ops/swiglu.h"
 #include "plan/pointwise.h"
 
 namespace gqa::ops {
@@ -32,6 +33,8 @@ void apply(const Rows &gate, const Rows &up, int64_t up_offset, const Rows &out)
   }
 }
 
+}  // namespace
+
 Tensor swiglu(const Tensor &gate, const std::optional<Tensor> &up) {
   check_device(kOp, "gate", gate);
   check_float_dtype(kOp, "gate", gate);
@@ -56,8 +59,6 @@ Tensor swiglu(const Tensor &gate, const std::optional<Tensor> &up) {
   apply(rows[0], rows[0], width / 2, rows[1]);
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
 

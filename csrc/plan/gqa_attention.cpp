@@ -13,9 +13,9 @@ constexpr int64_t kMaxDecodeQueries = 16;
 constexpr int64_t kMaxKeys = INT32_MAX - 4096;  // key positions are int32 in the kernels
 constexpr int64_t kMaxRows = INT32_MAX / 4;     // and so are a KV head's rows
 constexpr int32_t kMaxSplits = 128;
+constexpr int64_t kShortKeys = 1024;
 constexpr int32_t kInvariantSplits = 16;
 constexpr int32_t kInvariantChunk = 256;
-constexpr int64_t kCombineRows = 4;  // one warp each
 
 bool is_index(const gqa_index &index) {
   return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
@@ -115,10 +115,14 @@ int64_t cpu_rows(const gqa_attention_params *p) {
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
-int find_shape(int32_t head_dim, bool few_rows) {
-  int i = 0;
-  while (kAttentionShapes[i].dim < head_dim) ++i;
-  return few_rows ? i : kAttentionDims + i;
+// The first shape wide enough that takes all rows in one block if `one_block` says so, else the one for many rows.
+int find_shape(int32_t head_dim, int64_t rows, bool one_block) {
+  int dim = 0;
+  while (kAttentionShapes[dim].dim < head_dim) ++dim;
+  for (const int shape : {dim, 2 * kAttentionDims + dim}) {
+    if (one_block && shape < kAttentionShapeCount && rows <= kAttentionShapes[shape].rows()) return shape;
+  }
+  return kAttentionDims + dim;
 }
 
 // The most keys that one block of rows can attend to.
@@ -131,7 +135,7 @@ int64_t most_keys(const gqa_attention_params *p) {
 // Blocks of a shape that one SM holds: by shared memory (1 KB of each block is the system's) and by registers.
 int64_t resident_blocks(const AttentionShape &shape, const gqa_device &device) {
   const int64_t by_memory = (device.max_shared_memory + 1024) / (shape.shared_memory() + 1024);
-  return std::clamp<int64_t>(by_memory, 1, shape.resident());
+  return std::clamp<int64_t>(by_memory, 1, shape.resident);
 }
 
 void plan_splits(const gqa_attention_params *p, const gqa_device &device, AttentionPlan *plan) {
@@ -155,7 +159,9 @@ void plan_splits(const gqa_attention_params *p, const gqa_device &device, Attent
     plan->plan.reason = "batch_invariant: many rows, so no splits";
   } else {
     const int64_t blocks = p->batch * p->num_kv_heads * plan->row_blocks;
-    const int64_t slots = device.num_sms * resident_blocks(shape, device);
+    // A block of many rows that has an SM for itself is through few keys sooner than two that share them and it.
+    const bool alone = shape.groups == 1 && keys / kCapacityUnit <= kShortKeys / kCapacityUnit;
+    const int64_t slots = device.num_sms * (alone ? 1 : resident_blocks(shape, device));
     // Rounded down, so that a cache in pages, whose last one may reach past a contiguous cache of that capacity, is
     // divided like that one and gives the same bytes.
     plan->num_splits = choose_splits(blocks, slots, keys / kCapacityUnit * kCapacityUnit);
@@ -163,6 +169,25 @@ void plan_splits(const gqa_attention_params *p, const gqa_device &device, Attent
                                          : "many rows per KV head: warps divide the rows";
   }
   plan->divisor = plan->num_splits;
+}
+
+// The launch that comes first where there are new keys to rotate or to put into the cache.
+gqa_status plan_new_keys(const char *name, const gqa_attention_params *p, AttentionPlan *plan) {
+  // An append with a place to go to; rotation without a cache takes a detour through the workspace.
+  const bool new_keys = p->k != nullptr && key_tokens(p) > 0;
+  const bool room = p->cache_capacity > 0 && (p->block_table.data == nullptr || p->num_pages > 0);
+  plan->appends = new_keys && p->k_cache != nullptr && room;
+  plan->rotates = new_keys && p->k_cache == nullptr && p->rotary.cos != nullptr;
+  if (plan->appends || plan->rotates) {
+    const int64_t tokens = p->batch * (is_ragged(p) && p->k_cache != nullptr ? p->seqlen_q : p->seqlen_k);
+    const int64_t blocks = ceil_div<int64_t>(tokens * p->num_kv_heads * (p->head_dim / 8), 256);
+    if (blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+    const char *kernel = plan->appends ? "append_chunks" : "rotate_chunks";
+    if (blocks > 0) add_launch(&plan->plan, make_launch(name, kernel, p->dtype, {blocks}, {256}));
+    plan->appends = plan->appends && blocks > 0;
+    plan->rotates = plan->rotates && blocks > 0;
+  }
+  return GQA_STATUS_OK;
 }
 
 gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gqa_device &device, AttentionPlan *plan) {
@@ -179,6 +204,8 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   const char *refusal = decodes ? refuse_decode_sm90(p, &device) : refuse_prefill_sm90(p, &device);
   if (refusal == nullptr && !decodes) {
     plan->wgmma = true;
+    GQA_RETURN_IF_ERROR(plan_new_keys(name, p, plan));
+    if (query_tokens(p) == 0) return GQA_STATUS_OK;
     plan->prefill = plan_prefill_sm90(p, &device);
     const PrefillShape &tile = kPrefillShapes[plan->prefill.shape];
     add_launch(&plan->plan, make_launch(name, "prefill_wgmma", p->dtype, {plan->prefill.blocks}, {tile.threads()},
@@ -193,15 +220,15 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
     const DecodePlan &decode = plan->decode;
     gqa_launch launch = make_launch(name, "decode_ring", p->dtype, {decode.cluster, p->num_kv_heads, p->batch},
                                     {32 * kDecodeShapes[decode.shape].warps}, decode.shared_memory,
-                                    3 * decode.shape + static_cast<int>(decode.cache));
+                                    6 * decode.shape + 2 * static_cast<int>(decode.cache) + decode.plain);
     launch.num_splits = decode.cluster;
     add_launch(&plan->plan, launch);
     plan->plan.reason = "few rows per KV head on sm_90: a cluster of blocks divides the keys";
     return GQA_STATUS_OK;
   }
-  const bool few_rows = longest * group <= 16 && !(p->batch_invariant && is_ragged(p));
-  plan->shape = find_shape(p->head_dim, few_rows);
+  plan->shape = find_shape(p->head_dim, longest * group, !(p->batch_invariant && is_ragged(p)));
   const AttentionShape &shape = kAttentionShapes[plan->shape];
+  const bool few_rows = shape.groups > 1;
   plan->row_blocks = std::max<int64_t>(1, ceil_div<int64_t>(longest * group, halves ? shape.rows() : kFloatRows));
   plan->num_splits = plan->divisor = 1;
   if (halves) {
@@ -213,20 +240,7 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
     plan->plan.reason = "float32 runs on the CUDA cores, one warp per row";
   }
 
-  // An append with a place to go to; rotation without a cache takes a detour through the workspace.
-  const bool new_keys = p->k != nullptr && key_tokens(p) > 0;
-  const bool room = p->cache_capacity > 0 && (p->block_table.data == nullptr || p->num_pages > 0);
-  plan->appends = new_keys && p->k_cache != nullptr && room;
-  plan->rotates = new_keys && p->k_cache == nullptr && p->rotary.cos != nullptr;
-  if (plan->appends || plan->rotates) {
-    const int64_t tokens = p->batch * (is_ragged(p) && p->k_cache != nullptr ? p->seqlen_q : p->seqlen_k);
-    const int64_t blocks = ceil_div<int64_t>(tokens * p->num_kv_heads * (p->head_dim / 8), 256);
-    if (blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-    const char *kernel = plan->appends ? "append_chunks" : "rotate_chunks";
-    if (blocks > 0) add_launch(&plan->plan, make_launch(name, kernel, p->dtype, {blocks}, {256}));
-    plan->appends = plan->appends && blocks > 0;
-    plan->rotates = plan->rotates && blocks > 0;
-  }
+  GQA_RETURN_IF_ERROR(plan_new_keys(name, p, plan));
   if (query_tokens(p) == 0) return GQA_STATUS_OK;
 
   const int64_t blocks = (p->batch + is_ragged(p)) * plan->row_blocks * plan->num_splits * p->num_kv_heads;
@@ -240,8 +254,8 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   const int64_t rows = query_tokens(p) * p->num_q_heads;
   const bool combines = plan->num_splits > 1;
   if (combines) {
-    launch =
-        make_launch(name, "combine_splits", p->dtype, {ceil_div<int64_t>(rows, kCombineRows)}, {32 * kCombineRows});
+    const int64_t joins = ceil_div<int64_t>(rows, combine_rows(plan->num_splits));
+    launch = make_launch(name, "combine_splits", p->dtype, {joins}, {32 * kCombineWarps});
     launch.num_splits = plan->num_splits;
     add_launch(&plan->plan, launch);
   }

@@ -29,27 +29,32 @@ struct AttentionShape {
   int tiles;  // of 16 rows, per warp
   int groups;
   int keys;
-  int stages;
+  int stages;    // 1: keys and values are loaded in turns
+  int held;      // the first 16 * held columns of a warp's queries stay in registers
+  int resident;  // blocks per SM that registers are rationed for
 
   constexpr int rows() const { return 16 * tiles * warps; }
   constexpr int threads() const { return 32 * warps * groups; }
-  // Blocks per SM that registers are rationed for.
-  constexpr int resident() const { return groups > 1 ? 3 : (threads() > 128 ? 1 : 2); }
   constexpr int block_bytes() const { return keys * dim * 2; }
   constexpr int ring_bytes() const { return stages * 2 * block_bytes(); }
   // The query tile, each row's range of keys, the rings.
   constexpr int shared_memory() const { return rows() * (dim * 2 + 8) + groups * ring_bytes(); }
 };
 
-// Few rows: memory-bound, so every warp streams keys of its own. Many rows: every warp has rows of its own.
-constexpr int kAttentionDims = 4;
-constexpr AttentionShape kAttentionShapes[2 * kAttentionDims] = {
-    {64, 1, 1, 4, 32, 2}, {96, 1, 1, 4, 16, 3}, {128, 1, 1, 4, 16, 2}, {256, 1, 1, 2, 16, 2},
-    {64, 4, 2, 1, 64, 2}, {96, 8, 1, 1, 64, 2}, {128, 8, 1, 1, 64, 2}, {256, 4, 1, 1, 32, 2},
+// Up to 16 or 32 rows: memory-bound, so every warp streams keys of its own. More: every warp has rows of its own.
+constexpr int kAttentionDims = 4, kAttentionShapeCount = 11;
+constexpr AttentionShape kAttentionShapes[kAttentionShapeCount] = {
+    {64, 1, 1, 4, 32, 2, 4, 3}, {96, 1, 1, 4, 16, 3, 6, 3}, {128, 1, 1, 4, 16, 2, 8, 3}, {256, 1, 1, 2, 16, 2, 0, 3},
+    {64, 4, 2, 1, 64, 2, 0, 2}, {96, 4, 2, 1, 64, 2, 0, 2}, {128, 4, 2, 1, 64, 1, 0, 2}, {256, 4, 1, 1, 32, 2, 0, 2},
+    {64, 1, 2, 4, 32, 2, 0, 3}, {96, 1, 2, 4, 16, 3, 0, 2}, {128, 1, 2, 4, 16, 2, 0, 2},
 };
 
 // Rows of a block of the float32 kernel, one warp each.
 constexpr int kFloatRows = 4;
+
+// Rows of a block of the kernel that joins splits: a row's warps share out its splits.
+constexpr int kCombineWarps = 4;
+constexpr int combine_rows(int32_t num_splits) { return num_splits > 4 ? 1 : kCombineWarps; }
 
 // Blocks of keys start at multiples of this many keys after the sequence's first one, and so do splits.
 constexpr int kSplitUnit = 64;

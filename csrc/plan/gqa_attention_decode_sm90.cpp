@@ -14,7 +14,7 @@ constexpr int64_t kMaxRows = 16;     // query tokens times heads of the group
 constexpr int64_t kMaxGrid = 65535;  // in y and z
 constexpr int64_t kMaxInt = 0x7fffffff - 64;
 constexpr int32_t kMinSms = 100;          // a cluster has to fit one of the device's groups of SMs
-constexpr int64_t kLongCapacity = 16384;  // keys from which more, smaller blocks are faster
+constexpr int64_t kLongCapacity = 32768;  // keys from which more, smaller blocks are faster
 
 std::atomic<int32_t> kernel_override{0};
 enum Override { kAutomatic, kPortable, kSm90 };
@@ -81,14 +81,11 @@ const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *
     return "clusters of blocks take sizes below 2^16 sequences and 2^31 keys";
   }
   if (!has_aligned_tokens(p)) return "clusters of blocks take rows that start at multiples of 16 bytes";
-  if (p->head_dim == 96 && 2 * pairs(p) > device->num_sms && kernel_override.load(std::memory_order_relaxed) != kSm90) {
-    return "head_dim 96: many KV heads fill the device without clusters";
-  }
   return nullptr;
 }
 
 DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  DecodePlan plan{find_shape(p, device, keys), 1, DecodeCache::kContiguous, 0};
+  DecodePlan plan{find_shape(p, device, keys), 1, DecodeCache::kContiguous, false, 0};
   const DecodeShape &shape = kDecodeShapes[plan.shape];
   // Blocks to aim for: half an SM's worth of large ones, one an SM, or two of three small ones.
   const int64_t sms = device->num_sms;
@@ -104,6 +101,9 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
   } else if (p->block_table.data != nullptr) {
     plan.cache = DecodeCache::kPaged;
   }
+  plan.plain = plan.cache != DecodeCache::kAny && p->seqlen_q == 1 && p->k == nullptr && p->rotary.cos == nullptr &&
+               p->cache_leftpad.data == nullptr && (p->window_left < 0 || p->window_left >= p->cache_capacity) &&
+               p->softcap == 0;
   const int64_t slots = ceil_div<int64_t>(query_rows(p) * (shape.dim / 32), cluster);
   plan.shared_memory =
       decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.row_tiles) + slots * cluster * kDecodeUnitBytes;

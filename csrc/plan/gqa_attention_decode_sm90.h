@@ -31,11 +31,9 @@ struct DecodePlan {
   int shape;        // index into kDecodeShapes
   int32_t cluster;  // blocks that share the keys of a sequence and KV head
   DecodeCache cache;
+  bool plain;  // the instance without new keys, rotation, window, padding, softcap and further query tokens
   int64_t shared_memory;
 };
-
-// gqa_set_kernel_override: the portable kernels, and no others.
-bool is_portable_asked_for();
 
 // nullptr where the kernel serves the params, which the checks of the op have passed; else the reason why not.
 const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *device);

@@ -23,12 +23,25 @@ inline gqa_launch make_launch(const char *op, const char *kernel, int32_t dtype,
           variant};
 }
 
+// Bytes moved by a call from which on nothing of its outputs would still be in L2 for the next kernel.
+constexpr int64_t kPastCache = int64_t{64} << 20;
+
 // Whether this library's kernels for sm_90 hold code. A library without CUDA plans for one with all of it.
 inline bool has_sm90_code() {
   const char *archs = gqa_cuda_archs();
   return archs[0] == '\0' || std::strstr(archs, "90") != nullptr;
 }
 
+// gqa_set_kernel_override: the portable kernels, and no others.
+bool is_portable_asked_for();
+
 inline void add_launch(gqa_plan *plan, const gqa_launch &launch) { plan->launches[plan->num_launches++] = launch; }
+
+// Whether a tensor of these strides, in elements, is made of 16-byte vectors.
+inline bool has_aligned_rows(const void *data, const int64_t *stride, int count, int64_t element) {
+  bool all = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  for (int i = 0; i < count; ++i) all = all && stride[i] * element % 16 == 0;
+  return all;
+}
 
 }  // namespace gqa

@@ -68,10 +68,8 @@ inline bool aligned16(const Operand &operand, const int64_t *rows, int64_t eleme
   return all;
 }
 
-// Instances of the kernel: elements a thread takes at a time, and how many such runs.
-enum PointwiseVariant { kScalar, kVector, kFourVectors };
-
-constexpr int64_t runs_of(int32_t variant) { return variant == kFourVectors ? 4 : 1; }
+// Instances of the kernel: what a thread takes of each tensor.
+enum PointwiseVariant { kScalar, kVector };
 
 // `flat` is flattened(). x walks a row, y takes several rows where they are short; blocks of 256 threads.
 template <typename Params>
@@ -85,14 +83,11 @@ gqa_status plan_pointwise(const char *op, const Params &flat, gqa_plan *plan) {
   const bool aligned = aligned16(all.first, flat.rows, element) && aligned16(all.second, flat.rows, element) &&
                        aligned16(all.out, flat.rows, element);
   const int64_t runs = ceil_div(flat.hidden, aligned ? 16 / element : 1);
-  // Little work is spread thin for latency; much of it in long rows takes four vectors a thread, all in flight at once.
-  constexpr int64_t kManyRuns = int64_t{1} << 18, kLongRow = 1024;
-  const bool much = rows * runs >= kManyRuns && runs >= kLongRow;
-  const int32_t variant = !aligned ? kScalar : much ? kFourVectors : kVector;
+  const int32_t variant = aligned ? kVector : kScalar;
   int64_t x = 256;
   while (x > 1 && x / 2 >= runs) x /= 2;
   const int64_t y = 256 / x;
-  const int64_t grid = ceil_div(rows, y) * ceil_div(runs, x * runs_of(variant));
+  const int64_t grid = ceil_div(rows, y) * ceil_div(runs, x);
   if (grid > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   const char *kernel = variant == kScalar ? "pointwise_scalar" : "pointwise_vector";
   add_launch(plan, make_launch(op, kernel, flat.dtype, {grid}, {x, y}, 0, variant));

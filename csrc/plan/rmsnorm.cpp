@@ -10,6 +10,12 @@ namespace {
 
 // Two rows an SM: from there on bytes in flight count for more than latency.
 constexpr int64_t kFewRowsLimit = 264;
+// Threads that narrow rows share a block up to.
+constexpr int64_t kThreads = 256;
+// Up to this many vectors a row takes one or two a thread.
+constexpr int64_t kLightVectors = 512;
+// Shared memory that every GPU from sm_80 on has for a block.
+constexpr int64_t kMaxKept = 96 * 1024;
 
 template <typename Params>
 gqa_status check(const Params *p) {
@@ -22,20 +28,28 @@ gqa_status check(const Params *p) {
   return complete ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
 }
 
-bool is_aligned(const void *base, const int64_t *stride, int64_t vector) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride[0] % vector == 0 && stride[1] % vector == 0;
+// The widest power of two, in elements and up to `vector`, that base and strides are multiples of.
+int64_t chunk_of(const void *base, const int64_t *stride, int64_t vector, int64_t element) {
+  int64_t chunk = vector;
+  while (chunk > 1 && (reinterpret_cast<uintptr_t>(base) % (chunk * element) != 0 || stride[0] % chunk != 0 ||
+                       stride[1] % chunk != 0)) {
+    chunk /= 2;
+  }
+  return chunk;
 }
 
+// Elements that every row, its end included, can be moved by: `vector`, half of it, or 1.
 template <typename Params>
-bool has_aligned_rows(const Params *p, int64_t vector) {
-  constexpr int64_t kContiguous[2] = {};
-  bool aligned = p->hidden % vector == 0 && is_aligned(p->x, p->x_stride, vector) &&
-                 is_aligned(p->out, p->out_stride, vector) && is_aligned(p->weight, kContiguous, vector);
+int64_t row_chunk(const Params *p, int64_t vector) {
+  const int64_t element = dtype_size(p->dtype), end[2] = {p->hidden, 0}, contiguous[2] = {};
+  int64_t chunk = std::min({chunk_of(p->x, p->x_stride, vector, element),
+                            chunk_of(p->out, p->out_stride, vector, element), chunk_of(nullptr, end, vector, element)});
+  chunk = std::min(chunk, chunk_of(p->weight, contiguous, vector, element));
   if constexpr (std::is_same_v<Params, gqa_add_rmsnorm_params>) {
-    aligned = aligned && is_aligned(p->residual, p->residual_stride, vector) &&
-              is_aligned(p->residual_out, p->residual_out_stride, vector);
+    chunk = std::min({chunk, chunk_of(p->residual, p->residual_stride, vector, element),
+                      chunk_of(p->residual_out, p->residual_out_stride, vector, element)});
   }
-  return aligned;
+  return chunk == vector || 2 * chunk == vector ? chunk : 1;
 }
 
 template <typename Params>
@@ -45,15 +59,28 @@ gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   const int64_t rows = p->rows[0] * p->rows[1];
   if (rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (rows == 0) return GQA_STATUS_OK;
-  // Few rows: one vector a thread, for latency. Many: four, for more bytes in flight. The result is the same.
-  const int64_t vector = 16 / dtype_size(p->dtype), vectors = ceil_div(p->hidden, vector);
-  const int variant = !has_aligned_rows(p, vector) ? kUnalignedRows : rows <= kFewRowsLimit ? kFewRows : kManyRows;
-  const int64_t per_thread = variant == kManyRows ? 4 : 1;
-  const int64_t threads = std::min<int64_t>(512, ceil_div(ceil_div(vectors, per_thread), int64_t{32}) * 32);
-  const int64_t shared_memory = ceil_div(vectors, int64_t{32}) * 4;
-  if (shared_memory > 48 * 1024) return GQA_STATUS_UNSUPPORTED;
-  add_launch(plan, make_launch(op, "norm_row", p->dtype, {rows}, {threads}, shared_memory, variant));
-  plan->reason = "one block per row serves every width";
+  const int64_t element = dtype_size(p->dtype), vector = 16 / element, vectors = ceil_div(p->hidden, vector);
+  const int64_t tensors = std::is_same_v<Params, gqa_add_rmsnorm_params> ? 4 : 2;
+  const bool narrow = vectors <= 32;
+  NormVariant variant{};
+  variant.chunk = static_cast<int>(row_chunk(p, vector));
+  variant.held = narrow ? 0 : vectors <= kLightVectors ? light_held<Params>() : kMostHeld;
+  const int64_t most = most_threads(variant.held, variant.chunk == vector && light_held<Params>() == 2);
+  variant.few_rows = rows <= kFewRowsLimit;
+  variant.past_cache = rows * p->hidden * element * tensors >= kPastCache;
+  // x threads take a row: a power of two where they are less than a warp. Many narrow rows share a block.
+  int64_t x = 32;
+  while (x > 1 && x / 2 >= vectors) x /= 2;
+  if (!narrow) x = std::min(most, ceil_div(ceil_div<int64_t>(vectors, variant.held), int64_t{32}) * 32);
+  const int64_t y = std::max<int64_t>({1, 32 / x, variant.few_rows ? 1 : kThreads / x});
+  int64_t shared_memory = narrow ? 0 : y * ceil_div(vectors, int64_t{512}) * 64;
+  const int64_t rest = std::max<int64_t>(0, ceil_div(vectors, x) - kMostHeld) * x * 16;
+  variant.keeps = rest > 0 && shared_memory + rest <= kMaxKept;
+  if (variant.keeps) shared_memory += rest;
+  if (shared_memory > kMaxKept) return GQA_STATUS_UNSUPPORTED;
+  add_launch(plan, make_launch(op, narrow ? "norm_narrow_rows" : "norm_rows", p->dtype, {ceil_div(rows, y)}, {x, y},
+                               shared_memory, variant.encode()));
+  plan->reason = narrow ? "a row fits the registers of one warp" : "a row is spread over the threads of a block";
   return GQA_STATUS_OK;
 }
 

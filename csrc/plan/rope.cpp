@@ -17,20 +17,16 @@ gqa_status check_rotary(const gqa_rotary &r, int32_t dtype, int32_t head_dim) {
   return is_index ? GQA_STATUS_OK : GQA_STATUS_UNSUPPORTED;
 }
 
-bool aligned(const void *pointer, const int64_t *stride, int count, int64_t element) {
-  bool all = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-  for (int i = 0; i < count; ++i) all = all && stride[i] * element % 16 == 0;
-  return all;
-}
-
 // Whether every run of a head that a thread touches is made of whole, aligned 16-byte vectors.
 bool fits_vectors(const gqa_rope_params &p, int64_t vector) {
   const int64_t element = dtype_size(p.dtype), table_element = dtype_size(p.rotary.dtype);
   const int64_t table_stride[2] = {p.rotary.stride_batch, p.rotary.stride_row};
   return p.rotary.dim / 2 % vector == 0 && (p.head_dim - p.rotary.dim) % vector == 0 &&
-         aligned(p.q, p.q_stride, 3, element) && aligned(p.k, p.k_stride, 3, element) &&
-         aligned(p.q_out, p.q_out_stride, 3, element) && aligned(p.k_out, p.k_out_stride, 3, element) &&
-         aligned(p.rotary.cos, table_stride, 2, table_element) && aligned(p.rotary.sin, table_stride, 2, table_element);
+         has_aligned_rows(p.q, p.q_stride, 3, element) && has_aligned_rows(p.k, p.k_stride, 3, element) &&
+         has_aligned_rows(p.q_out, p.q_out_stride, 3, element) &&
+         has_aligned_rows(p.k_out, p.k_out_stride, 3, element) &&
+         has_aligned_rows(p.rotary.cos, table_stride, 2, table_element) &&
+         has_aligned_rows(p.rotary.sin, table_stride, 2, table_element);
 }
 
 }  // namespace
@@ -60,14 +56,17 @@ gqa_status gqa_rope_plan(const gqa_rope_params *p, const gqa_device *, gqa_plan 
   if (tokens == 0 || heads == 0) return GQA_STATUS_OK;
   const int64_t vector = 16 / gqa::dtype_size(p->dtype);
   const bool vectors = gqa::fits_vectors(*p, vector);
-  // x walks a head in steps of the vector, y takes two heads at a time, z fills small blocks with more tokens.
+  // x walks a head in steps of the vector, y takes a head each, z fills small blocks with more tokens.
+  constexpr int64_t kMaxThreads = 320, kFullBlock = 256;
   const int64_t x = std::min<int64_t>(p->rotary.dim / 2 / (vectors ? vector : 1), 64);
-  const int64_t y = std::min<int64_t>(gqa::ceil_div<int64_t>(heads, 2), 256 / x);
-  const int64_t z = std::min<int64_t>(std::max<int64_t>(128 / (x * y), 1), std::min<int64_t>(tokens, 64));
+  const int64_t y = std::min<int64_t>(heads, kMaxThreads / x);
+  const int64_t z = std::min<int64_t>(std::max<int64_t>(kFullBlock / (x * y), 1), std::min<int64_t>(tokens, 64));
   const int64_t grid = gqa::ceil_div(tokens, z);
   if (tokens > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-  gqa::add_launch(
-      plan, gqa::make_launch("rope", vectors ? "rope_vector" : "rope_scalar", p->dtype, {grid}, {x, y, z}, 0, vectors));
+  const int64_t bytes = 2 * tokens * heads * p->head_dim * gqa::dtype_size(p->dtype);
+  const gqa::RopeVariant variant{vectors, tokens <= gqa::kFewTokens, bytes >= gqa::kPastCache};
+  gqa::add_launch(plan, gqa::make_launch("rope", vectors ? "rope_vector" : "rope_scalar", p->dtype, {grid}, {x, y, z},
+                                         0, variant.encode()));
   plan->reason = vectors ? "heads and tables are 16-byte aligned"
                          : "heads or tables are not made of whole, aligned 16-byte vectors";
   return GQA_STATUS_OK;

@@ -1,6 +1,6 @@
 #include "plan/sample.h"
 
-#include "common/sampling.h"
+#include "common/sampling_logits.h"
 #include "plan/plan.h"
 
 namespace gqa {
@@ -10,9 +10,10 @@ bool is_readable(const gqa_index &index) {
   return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
 }
 
-// Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them.
+// Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them; as float32 where
+// they are adjusted.
 int64_t part_bytes(const gqa_sample_params *p, int64_t blocks) {
-  const int64_t vector = 16 / dtype_size(p->dtype);
+  const int64_t vector = 16 / (sampling::is_adjusted(*p) ? 4 : dtype_size(p->dtype));
   return ceil_div(ceil_div(p->vocab + vector - 1, vector), blocks) * 16;
 }
 
@@ -31,15 +32,26 @@ int64_t blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
   return blocks;
 }
 
+int64_t greedy_blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
+  const int64_t largest = device->num_sms >= 112 && p->rows <= 7 ? 16 : 8;
+  int64_t blocks = 1;
+  while (blocks < largest && part_bytes(p, blocks) >= 16 * 1024 && p->rows * blocks <= device->num_sms) blocks *= 2;
+  return blocks;
+}
+
 }  // namespace
 
 gqa_status check_params(const gqa_sample_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
   if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
   if (!is_readable(p->top_ks) || !is_readable(p->seeds) || !is_readable(p->offsets)) return GQA_STATUS_UNSUPPORTED;
+  if (p->logit_bias != nullptr && p->logit_bias_dtype != GQA_DTYPE_FLOAT32 && p->logit_bias_dtype != p->dtype) {
+    return GQA_STATUS_UNSUPPORTED;
+  }
   if (p->rows < 0 || p->vocab < 1) return GQA_STATUS_INVALID_ARGUMENT;
   if (p->vocab > sampling::kMaxVocab) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
+  if (p->token_counts == nullptr && sampling::has_penalties(*p)) return GQA_STATUS_NULL_POINTER;
   return p->logits != nullptr && p->ids != nullptr ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
 }
 
@@ -54,14 +66,29 @@ gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device,
   *plan = {};
   if (p->rows > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   if (p->rows == 0) return GQA_STATUS_OK;
-  if (device != nullptr && device->compute_capability == 90 && gqa::has_sm90_code()) {
+  const bool adjusted = gqa::sampling::is_adjusted(*p);
+  const bool hopper = device != nullptr && device->compute_capability == 90 && gqa::has_sm90_code();
+  if (hopper && !gqa::is_portable_asked_for()) {
+    if (!adjusted && p->temperatures == nullptr && !(p->temperature > 0.0f)) {
+      const int64_t blocks = gqa::greedy_blocks_per_row(p, device);
+      if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+      gqa::add_launch(plan, gqa::make_launch("sample", "sample_greedy", p->dtype, {p->rows * blocks},
+                                             {gqa::kSampleGreedyThreads}, 0, static_cast<int32_t>(blocks)));
+      plan->reason = "temperature 0: a cluster of blocks per row looks for its largest logit";
+      return GQA_STATUS_OK;
+    }
     const int64_t blocks = gqa::blocks_per_row(p, device);
     if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-    // One block to an SM where it holds much of a row: then twice the threads.
-    const int64_t shared_memory = gqa::cluster_memory(p, blocks), threads = shared_memory > 110 * 1024 ? 1024 : 512;
+    // One block to an SM where it holds much of a row: then more threads.
+    const int64_t shared_memory = gqa::cluster_memory(p, blocks);
+    const int64_t workers = adjusted                     ? gqa::kSampleClusterAdjusted
+                            : shared_memory > 100 * 1024 ? gqa::kSampleClusterMany
+                                                         : gqa::kSampleClusterFew;
+    const int64_t threads = workers + 32;
     gqa::add_launch(plan, gqa::make_launch("sample", "sample_cluster", p->dtype, {p->rows * blocks}, {threads},
                                            shared_memory, static_cast<int32_t>(blocks)));
-    plan->reason = "a cluster of blocks per row holds the row in shared memory";
+    plan->reason = adjusted ? "a cluster of blocks per row holds the row, adjusted, in shared memory"
+                            : "a cluster of blocks per row holds the row in shared memory";
     return GQA_STATUS_OK;
   }
   const int64_t shared_memory = (gqa::sampling::kBins + 1) * gqa::kSampleColumns * sizeof(uint32_t);

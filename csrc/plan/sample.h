@@ -13,10 +13,18 @@ constexpr int kSampleThreads = 1024;
 constexpr int kSampleColumns = 64;
 
 // The Hopper kernel: the blocks of a cluster share a row, each with its part of the logits in shared memory beside a
-// histogram of sums in 32 columns and one of counts, two bins to a word.
+// histogram in a column a lane. Threads that hold logits; one warp more decides. Many, where the part is large: 28
+// warps divide 128256 logits in two evenly.
 constexpr int kSampleClusterColumns = 32;
 constexpr int kSampleClusterBins = 352;
-constexpr int kSampleClusterCells = (kSampleClusterBins + kSampleClusterBins / 2) * kSampleClusterColumns;
-constexpr int kSampleClusterStatic = 8 * 1024;  // bytes its static shared memory stays below
+constexpr int kSampleClusterCells = (kSampleClusterBins + 1) * kSampleClusterColumns;  // one for no mass
+constexpr int kSampleClusterStatic = 11 * 1024;  // bytes its static shared memory stays below
+constexpr int kSampleClusterFew = 512, kSampleClusterMany = 896;
+
+// Where logits are adjusted as they are read: fewer threads, with registers for what is read beside them.
+constexpr int kSampleClusterAdjusted = 768;
+
+// At temperature 0 for all rows: only the largest logit is looked for.
+constexpr int kSampleGreedyThreads = 512;
 
 }  // namespace gqa

@@ -13,7 +13,7 @@
 
 static float values[16 * 1024], results[4][16 * 1024];
 static int64_t ids[16];
-static int32_t lengths[B];
+static int32_t lengths[B], words[400];
 static const gqa_device h200 = {90, 132, 232448, 62914560};
 static int failures = 0, checks = 0;
 
@@ -108,6 +108,17 @@ static void fill_swiglu(gqa_swiglu_params *p) {
   p->gate_stride[1] = p->up_stride[1] = p->out_stride[1] = 64;
 }
 
+static void fill_swiglu_ffn(gqa_swiglu_ffn_params *p) {
+  START(p);
+  p->dtype = GQA_DTYPE_FLOAT16;
+  p->tokens = 3;
+  p->hidden = p->intermediate = p->out_features = 64;
+  p->x = p->w_gate = p->w_up = p->w_down = values;
+  p->activation = results[0];
+  p->out = results[1];
+  p->x_stride = p->w_gate_stride = p->w_up_stride = p->w_down_stride = 64;
+}
+
 static void strides(int64_t *stride, int64_t rows, int64_t heads) {
   stride[0] = rows * heads * D;
   stride[1] = heads * D;
@@ -137,6 +148,28 @@ static void fill_rope(gqa_rope_params *p) {
 static gqa_index cache_seqlens(void) {
   gqa_index index = {lengths, GQA_DTYPE_INT32, {1, 0}};
   return index;
+}
+
+static void fill_qk_rmsnorm_rope(gqa_qk_rmsnorm_rope_params *p) {
+  START(p);
+  p->weight_dtype = GQA_DTYPE_FLOAT32;
+  p->q = p->k = p->q_weight = p->k_weight = values;
+  p->q_out = results[0];
+  p->k_out = results[1];
+  p->batch = B;
+  p->seqlen = S;
+  p->num_q_heads = HQ;
+  p->num_kv_heads = HKV;
+  p->head_dim = D;
+  strides(p->q_stride, S, HQ);
+  strides(p->q_out_stride, S, HQ);
+  strides(p->k_stride, S, HKV);
+  strides(p->k_out_stride, S, HKV);
+  p->rotary.cos = p->rotary.sin = values;
+  p->rotary.dim = D;
+  p->rotary.num_positions = S;
+  p->rotary.stride_row = D / 2;
+  p->eps = 1e-6f;
 }
 
 static void fill_kv_cache_append(gqa_kv_cache_append_params *p) {
@@ -208,6 +241,10 @@ static void fill_sample(gqa_sample_params *p) {
   p->logits_stride = 100;
   p->temperature = 1.0f;
   p->top_p = 1.0f;
+  p->logit_bias = p->repetition_penalties = p->frequency_penalties = p->presence_penalties = values;
+  p->logit_bias_dtype = GQA_DTYPE_FLOAT32;
+  p->allowed_bitmask = p->token_counts = words;
+  p->token_counts_stride = 100;
 }
 
 static void count_launch(void *user, const gqa_launch *launch) {
@@ -246,6 +283,16 @@ int main(void) {
   WITHOUT(swiglu, up);
   WITHOUT(swiglu, out);
 
+  ACCEPTS_AND_REFUSES(swiglu_ffn);
+  WITHOUT(swiglu_ffn, x);
+  WITHOUT(swiglu_ffn, w_gate);
+  WITHOUT(swiglu_ffn, w_up);
+  WITHOUT(swiglu_ffn, w_down);
+  WITHOUT(swiglu_ffn, activation);
+  WITHOUT(swiglu_ffn, out);
+  WITH(swiglu_ffn, hidden = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(swiglu_ffn, tokens = -1, GQA_STATUS_INVALID_ARGUMENT);
+
   ACCEPTS_AND_REFUSES(rope);
   WITHOUT(rope, q);
   WITHOUT(rope, q_out);
@@ -253,6 +300,17 @@ int main(void) {
   WITHOUT(rope, rotary.cos);
   WITHOUT(rope, rotary.sin);
   WITH(rope, rotary.dim = D + 2, GQA_STATUS_INVALID_ARGUMENT);
+
+  ACCEPTS_AND_REFUSES(qk_rmsnorm_rope);
+  WITHOUT(qk_rmsnorm_rope, q);
+  WITHOUT(qk_rmsnorm_rope, k);
+  WITHOUT(qk_rmsnorm_rope, q_weight);
+  WITHOUT(qk_rmsnorm_rope, k_weight);
+  WITHOUT(qk_rmsnorm_rope, q_out);
+  WITHOUT(qk_rmsnorm_rope, k_out);
+  WITHOUT(qk_rmsnorm_rope, rotary.sin);
+  WITH(qk_rmsnorm_rope, weight_dtype = GQA_DTYPE_FLOAT16, GQA_STATUS_UNSUPPORTED);
+  WITH(qk_rmsnorm_rope, rotary.dim = D + 2, GQA_STATUS_INVALID_ARGUMENT);
 
   ACCEPTS_AND_REFUSES(kv_cache_append);
   WITHOUT(kv_cache_append, k);
@@ -286,7 +344,10 @@ int main(void) {
   ACCEPTS_AND_REFUSES(sample);
   WITHOUT(sample, logits);
   WITHOUT(sample, ids);
+  WITHOUT(sample, token_counts);
   WITH(sample, vocab = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(sample, logit_bias_dtype = GQA_DTYPE_FLOAT16, GQA_STATUS_UNSUPPORTED);
+  WITH(sample, logit_bias_dtype = GQA_DTYPE_INT32, GQA_STATUS_UNSUPPORTED);
 
   /* Nothing above may have launched. */
   expect("launch log", "refused calls launch nothing", launches == 0 ? GQA_STATUS_OK : GQA_STATUS_CUDA_ERROR,

@@ -136,6 +136,16 @@ def _rope(rng: random.Random, device: str) -> Call:
     return (make(batch, seqlen, q_heads, dim), k, *_tables(make, 64, rotary_dim)), options
 
 
+def _norm_rope(rng: random.Random, device: str) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+    batch, seqlen = rng.randrange(1, 4), rng.randrange(1, 40)
+    options: dict[str, Any] = {"interleaved": True} if rng.random() < 0.3 else {}
+    if rng.random() < 0.3:
+        options |= {"weight_offset": 1.0, "cast_before_weight": False}
+    q, k = make(batch, seqlen, q_heads, dim), make(batch, seqlen, kv_heads, dim)
+    return (q, k, make(dim), make(dim), *_tables(make, 64, rng.choice([dim, dim // 2]))), options
+
+
 def _width(rng: random.Random) -> int:
     return rng.choice([8, 100, 896, 4096, 4100])
 
@@ -153,6 +163,15 @@ def _pair(rng: random.Random, device: str) -> Call:
     return (make(rows, width), make(rows, width)), {}
 
 
+def _ffn(rng: random.Random, device: str) -> Call:
+    """Of few tokens mostly, as the fused kernels want them."""
+    make, tokens = _maker(rng, device), rng.choice([1, 2, 8, 16, 30])
+    hidden, intermediate, out = rng.choice([(64, 176, 64), (8, 8, 8), (264, 520, 40), (33, 50, 17)])
+    gate, up = make(intermediate, hidden) / 8, make(intermediate, hidden) / 8
+    weights = (torch.cat([gate, up]),) if rng.random() < 0.5 else (gate, up)
+    return (make(tokens, hidden), *weights, make(out, intermediate) / 8), {}
+
+
 def _sample(rng: random.Random, device: str) -> Call:
     make, rows, vocab = _maker(rng, device), rng.randrange(1, 6), rng.choice([5, 1000, 32000])
     options: dict[str, Any] = {"seed": rng.randrange(100)}
@@ -164,7 +183,17 @@ def _sample(rng: random.Random, device: str) -> Call:
         options["top_p"] = 0.9
     if rng.random() < 0.3:
         options["min_p"] = 0.05
-    return (make(rows, vocab),), options
+    logits = make(rows, vocab)
+    if rng.random() < 0.3:
+        options["logit_bias"] = make(*rng.choice([(vocab,), (rows, vocab)]))
+    if rng.random() < 0.3:
+        words = [rng.randrange(-(2**31), 2**31) for _ in range(rows * -(-vocab // 32))]
+        options["allowed_bitmask"] = _ints(words, device).view(rows, -1)
+    if rng.random() < 0.3:
+        options["token_counts"] = _ints(rng.choices([0, 0, -1, 1, 3], k=rows * vocab), device).view(rows, vocab)
+        for name in rng.sample(["repetition_penalty", "frequency_penalty", "presence_penalty"], 2):
+            options[name] = make(*rng.choice([(), (rows,)]), dtype=torch.float32).abs() + 0.5
+    return (logits,), options
 
 
 CALLS: dict[str, Callable[[random.Random, str], Call]] = {
@@ -173,12 +202,14 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "gqa_attention_prefill": _prefill,
     "kv_cache_append": _append,
     "merge_attention_states": _merge,
+    "qk_rmsnorm_rope": _norm_rope,
     "residual_add": _pair,
     "rmsnorm": _norm(1),
     "rope": _rope,
     "rope_": _rope,
     "sample": _sample,
     "swiglu": _pair,
+    "swiglu_ffn": _ffn,
 }
 
 

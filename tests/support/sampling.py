@@ -130,6 +130,38 @@ def distribution(
     return row
 
 
+def adjusted(
+    z: NDArray[np.float32],
+    *,
+    logit_bias: NDArray[np.float32] | None = None,
+    allowed_bitmask: NDArray[np.int32] | None = None,
+    token_counts: NDArray[np.int32] | None = None,
+    repetition_penalty: NDArray[np.float32] | float = 1.0,
+    frequency_penalty: NDArray[np.float32] | float = 0.0,
+    presence_penalty: NDArray[np.float32] | float = 0.0,
+) -> NDArray[np.float32]:
+    """Rows of logits after penalties, bias and bitmask, every step rounded to float32. A penalty is one number per
+    row, or one."""
+    r, f, p = (
+        np.asarray(x, dtype=np.float32).reshape(-1, 1)
+        for x in (repetition_penalty, frequency_penalty, presence_penalty)
+    )
+    z = z.astype(np.float32).reshape(-1, z.shape[-1])
+    with np.errstate(all="ignore"):
+        if token_counts is not None:
+            counts = np.broadcast_to(token_counts, z.shape)
+            z = np.where(counts != 0, np.where(z > 0, z / r, z * r), z)
+            z = np.where(counts > 0, (z - f * counts.astype(np.float32)) - p, z)
+        if logit_bias is not None:
+            z = z + logit_bias.astype(np.float32)
+    assert z.dtype == np.float32
+    if allowed_bitmask is not None:
+        octets = np.atleast_2d(allowed_bitmask).astype("<i4").view(np.uint8)
+        allowed = np.unpackbits(octets, axis=-1, bitorder="little")[:, : z.shape[-1]]
+        z = np.where(allowed == 1, z, np.float32(-np.inf))
+    return z
+
+
 def softmax64(z: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float64]:
     weights = np.exp((z.astype(np.float64) - float(z.max())) / float(np.float32(temperature)))
     return weights / weights.sum()

@@ -16,14 +16,17 @@ inline gqa_status check_cuda(cudaError_t error) {
   return GQA_STATUS_CUDA_ERROR;
 }
 
-// Logs and launches. Kernels with more than 48 KB of dynamic shared memory get the attribute they need.
+// Kernels with more than 48 KB of dynamic shared memory need an attribute.
+inline gqa_status allow_shared_memory(const void *kernel, int32_t bytes) {
+  if (bytes <= 48 * 1024) return GQA_STATUS_OK;
+  return check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// Logs and launches.
 template <typename... Args, typename... Given>
 gqa_status launch(void (*kernel)(Args...), const gqa_launch &plan, cudaStream_t stream, Given &&...args) {
   log_launch(plan);
-  if (plan.shared_memory > 48 * 1024) {
-    GQA_RETURN_IF_ERROR(check_cuda(cudaFuncSetAttribute(
-        reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory)));
-  }
+  GQA_RETURN_IF_ERROR(allow_shared_memory(reinterpret_cast<const void *>(kernel), plan.shared_memory));
   const dim3 grid(plan.grid[0], plan.grid[1], plan.grid[2]);
   const dim3 block(plan.block[0], plan.block[1], plan.block[2]);
   kernel<<<grid, block, plan.shared_memory, stream>>>(static_cast<Given &&>(args)...);

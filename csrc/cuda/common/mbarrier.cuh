@@ -44,6 +44,9 @@ struct RingPosition {
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
+  __device__ __forceinline__ RingPosition before() const {
+    return {stage == 0 ? kStages - 1 : stage - 1, stage == 0 ? parity ^ 1 : parity};
+  }
 };
 
 // Waits for the phase of that parity; sees what the cluster wrote before it completed.

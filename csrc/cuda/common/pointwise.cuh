@@ -1,7 +1,7 @@
 // One kernel for elementwise ops of two inputs over strided rows; plan/pointwise.h lays it out.
 #pragma once
 
-#include "cuda/common/launch.cuh"
+#include "cuda/common/programmatic_launch.cuh"
 #include "cuda/common/vec.cuh"
 #include "plan/pointwise.h"
 
@@ -13,35 +13,29 @@ __device__ T *row_of(const Params &p, const void *data, const int64_t (&stride)[
   return static_cast<T *>(const_cast<void *>(data)) + outer * stride[0] + (row - outer * p.rows[1]) * stride[1];
 }
 
-// A thread takes kRuns runs of N elements, blockDim.x runs apart, all loaded before the first is stored. What is left
-// of a row after its whole runs goes element by element.
-template <typename Op, typename T, int N, int kRuns, typename Params>
+// A thread takes one run of N elements: blocks that walk memory side by side leave DRAM the longest stretches. What is
+// left of a row after its whole runs goes element by element.
+template <typename Op, typename T, int N, typename Params>
 __global__ void __launch_bounds__(256) pointwise(const __grid_constant__ Params p, uint32_t spans_per_row) {
+  launch_dependents();
   const int64_t row = static_cast<int64_t>(blockIdx.x / spans_per_row) * blockDim.y + threadIdx.y;
-  if (row >= p.rows[0] * p.rows[1]) return;
   const uint32_t span = blockIdx.x % spans_per_row;
-  const int64_t first = (static_cast<int64_t>(span) * kRuns * blockDim.x + threadIdx.x) * N;
-  const int64_t step = static_cast<int64_t>(blockDim.x) * N, whole = p.hidden / N * N;
+  const int64_t at = (static_cast<int64_t>(span) * blockDim.x + threadIdx.x) * N, whole = p.hidden / N * N;
+  wait_for_prerequisites();
+  if (row >= p.rows[0] * p.rows[1]) return;
   const T *a = Op::template first<T>(p, row), *b = Op::template second<T>(p, row);
   T *out = row_of<T>(p, p.out, p.out_stride, row);
-  Run<T, N> x[kRuns], y[kRuns];
+  if (at < whole) {
+    Run<T, N> x = load_run<N>(a + at);
+    const Run<T, N> y = load_run<N>(b + at);
 #pragma unroll
-  for (int i = 0; i < kRuns; ++i) {
-    if (first + i * step >= whole) continue;
-    x[i] = load_run<N>(a + first + i * step);
-    y[i] = load_run<N>(b + first + i * step);
-  }
-#pragma unroll
-  for (int i = 0; i < kRuns; ++i) {
-    if (first + i * step >= whole) continue;
-#pragma unroll
-    for (int j = 0; j < N; ++j) x[i].value[j] = Op::apply(x[i].value[j], y[i].value[j]);
-    store_run(out + first + i * step, x[i]);
+    for (int i = 0; i < N; ++i) x.value[i] = Op::apply(x.value[i], y.value[i]);
+    store_run(out + at, x);
   }
   if constexpr (N > 1) {
     if (span + 1 != spans_per_row) return;
 #pragma unroll 1
-    for (int64_t at = whole + threadIdx.x; at < p.hidden; at += blockDim.x) out[at] = Op::apply(a[at], b[at]);
+    for (int64_t i = whole + threadIdx.x; i < p.hidden; i += blockDim.x) out[i] = Op::apply(a[i], b[i]);
   }
 }
 
@@ -57,10 +51,8 @@ gqa_status run_pointwise(const char *op, const Params *p, cudaStream_t stream) {
   const uint32_t spans_per_row = static_cast<uint32_t>(shape.grid[0] / row_groups);
   return dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    auto *kernel = shape.variant == kScalar   ? pointwise<Op, T, 1, 1, Params>
-                   : shape.variant == kVector ? pointwise<Op, T, Vec<T>::kSize, 1, Params>
-                                              : pointwise<Op, T, Vec<T>::kSize, 4, Params>;
-    return launch(kernel, shape, stream, flat, spans_per_row);
+    auto *kernel = shape.variant == kScalar ? pointwise<Op, T, 1, Params> : pointwise<Op, T, Vec<T>::kSize, Params>;
+    return launch_programmatic(kernel, shape, stream, flat, spans_per_row);
   });
 }
 

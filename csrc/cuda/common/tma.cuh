@@ -29,8 +29,7 @@ inline EncodeTensorMap find_encode_tensor_map() {
   return encode;
 }
 
-// A tile is `rows` tokens of one head, stored as panels of 64 columns with rows of 128 swizzled bytes. Tokens past the
-// end read as zeros. Strides are in elements; of dimensions with one element they are ignored.
+// Strides are in elements; of dimensions with one element they are ignored.
 struct TokenTensor {
   const void *data;
   int32_t dtype;
@@ -38,25 +37,30 @@ struct TokenTensor {
   const int64_t *stride;  // batch, token, head
 };
 
-inline gqa_status encode_tiles(const TokenTensor &t, uint32_t rows, CUtensorMap *map) {
+// A panel is `rows` tokens by `columns` columns of one head; its rows, 64 or 128 bytes, are swizzled. What lies past
+// the last token or column reads as zeros, or as NaN where asked for.
+struct PanelCopy {
+  uint32_t rows, columns;
+  bool outside_is_nan = false;
+};
+
+inline gqa_status encode_panels(const TokenTensor &t, const PanelCopy &copy, CUtensorMap *map) {
   const EncodeTensorMap encode = find_encode_tensor_map();
   if (encode == nullptr) {
     set_cuda_error("the driver has no cuTensorMapEncodeTiled");
     return GQA_STATUS_CUDA_ERROR;
   }
-  constexpr uint32_t kPanel = 64;
   const auto bytes = [](int64_t size, int64_t stride) { return static_cast<cuuint64_t>(size > 1 ? 2 * stride : 16); };
-  const uint32_t panels = static_cast<uint32_t>(t.columns / kPanel);
-  const cuuint64_t size[5] = {kPanel, static_cast<cuuint64_t>(t.tokens), panels, static_cast<cuuint64_t>(t.heads),
-                              static_cast<cuuint64_t>(t.batch)};
-  const cuuint64_t stride[4] = {bytes(t.tokens, t.stride[1]), 2 * kPanel, bytes(t.heads, t.stride[2]),
-                                bytes(t.batch, t.stride[0])};
-  const cuuint32_t box[5] = {kPanel, rows, panels, 1, 1}, step[5] = {1, 1, 1, 1, 1};
+  const cuuint64_t size[4] = {static_cast<cuuint64_t>(t.columns), static_cast<cuuint64_t>(t.tokens),
+                              static_cast<cuuint64_t>(t.heads), static_cast<cuuint64_t>(t.batch)};
+  const cuuint64_t stride[3] = {bytes(t.tokens, t.stride[1]), bytes(t.heads, t.stride[2]), bytes(t.batch, t.stride[0])};
+  const cuuint32_t box[4] = {copy.columns, copy.rows, 1, 1}, step[4] = {1, 1, 1, 1};
   const CUtensorMapDataType type =
       t.dtype == GQA_DTYPE_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result =
-      encode(map, type, 5, const_cast<void *>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      map, type, 4, const_cast<void *>(t.data), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      copy.columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      copy.outside_is_nan ? CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA : CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return GQA_STATUS_OK;
   set_cuda_error("cuTensorMapEncodeTiled refused a tensor");
   return GQA_STATUS_CUDA_ERROR;
@@ -66,13 +70,16 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap &map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Starts the copy of the tile at (token, head, batch); its bytes are counted at `barrier`.
-__device__ __forceinline__ void copy_tile(uint32_t to, const CUtensorMap &map, uint32_t barrier, int token, int head,
-                                          int batch) {
+// Makes this thread's own writes to shared memory visible to wgmma and to copies.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Starts the copy of the panel at (column, token, head, batch); its bytes are counted at `barrier`.
+__device__ __forceinline__ void copy_panel(uint32_t to, const CUtensorMap &map, uint32_t barrier, int column, int token,
+                                           int head, int batch) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %3, %5, "
-      "%6}], [%2];" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(0), "r"(token), "r"(head), "r"(batch)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(column), "r"(token), "r"(head), "r"(batch)
       : "memory");
 }
 

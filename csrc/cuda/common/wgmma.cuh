@@ -41,17 +41,19 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Low word of a descriptor of a tile in panels of 64 columns with rows of 128 swizzled bytes, 1024-byte aligned; moving
-// on by n bytes adds n / 16. `panel` is the distance of panels in bytes: where the product runs over rows and the
-// columns are its columns, a descriptor spans panels.
+// Low word of a descriptor of a tile in panels whose rows are one swizzle long, 1024-byte aligned; moving on by n bytes
+// adds n / 16. `panel` is the distance of panels in bytes: where the product runs over rows and the columns are its
+// columns, a descriptor spans panels.
 __device__ __forceinline__ uint32_t tile_descriptor(uint32_t address, uint32_t panel) {
   return (address >> 4) | (panel >> 4) << 16;
 }
 
-// High word: groups of 8 rows are 1024 bytes apart, 128-byte swizzle.
+// High word: kSwizzle, 64 or 128 bytes, is a row of a panel; groups of 8 rows follow each other.
+template <int kSwizzle>
 __device__ __forceinline__ uint64_t full_descriptor(uint32_t low) {
+  constexpr uint32_t kHigh = 8 * kSwizzle >> 4 | (kSwizzle == 128 ? 1u : 2u) << 30;
   uint64_t descriptor;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(1024u >> 4 | 1u << 30));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"(kHigh));
   return descriptor;
 }
 
@@ -83,21 +85,23 @@ struct Wgmma;
 #define GQA_WGMMA(T, type, cols, sums, plus, o0, o1, o2, o3, o4, o5)                                              \
   template <>                                                                                                     \
   struct Wgmma<T, cols> {                                                                                         \
+    template <int kSwizzle>                                                                                       \
     static __device__ __forceinline__ void score(float (&d)[cols / 2], uint32_t a, uint32_t b, int add) {         \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o2                                                         \
                    ", 0;\n"                                                                                       \
                    "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." type "." type " {" sums "}, " o0 ", " o1  \
                    ", p, 1, 1, 0, 0;\n}"                                                                          \
                    : plus                                                                                         \
-                   : "l"(full_descriptor(a)), "l"(full_descriptor(b)), "r"(add));                                 \
+                   : "l"(full_descriptor<kSwizzle>(a)), "l"(full_descriptor<kSwizzle>(b)), "r"(add));             \
     }                                                                                                             \
+    template <int kSwizzle>                                                                                       \
     static __device__ __forceinline__ void weigh(float (&d)[cols / 2], const uint32_t *a, uint32_t b) {           \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " o5                                                         \
                    ", 0;\n"                                                                                       \
                    "wgmma.mma_async.sync.aligned.m64n" #cols "k16.f32." type "." type " {" sums "}, {" o0 ", " o1 \
                    ", " o2 ", " o3 "}, " o4 ", p, 1, 1, 1;\n}"                                                    \
                    : plus                                                                                         \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(full_descriptor(b)), "r"(1));                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(full_descriptor<kSwizzle>(b)), "r"(1));      \
     }                                                                                                             \
   }
 #define GQA_LIST(...) __VA_ARGS__
@@ -115,6 +119,11 @@ GQA_WGMMA_TYPES(96, GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " 
                 GQA_LIST(GQA_PLUS8(d, 0), GQA_PLUS8(d, 8), GQA_PLUS8(d, 16), GQA_PLUS8(d, 24), GQA_PLUS8(d, 32),
                          GQA_PLUS8(d, 40)),
                 "%48", "%49", "%50", "%51", "%52", "%53");
+GQA_WGMMA_TYPES(112,
+                GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " GQA_SUMS4 ", " GQA_SUMS5 ", " GQA_SUMS6,
+                GQA_LIST(GQA_PLUS8(d, 0), GQA_PLUS8(d, 8), GQA_PLUS8(d, 16), GQA_PLUS8(d, 24), GQA_PLUS8(d, 32),
+                         GQA_PLUS8(d, 40), GQA_PLUS8(d, 48)),
+                "%56", "%57", "%58", "%59", "%60", "%61");
 GQA_WGMMA_TYPES(128,
                 GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " GQA_SUMS4 ", " GQA_SUMS5 ", " GQA_SUMS6
                           ", " GQA_SUMS7,

@@ -107,7 +107,7 @@ struct Finish {
       highest = together;
     }
     if (sum == 0) return {0.0f, -INFINITY};
-    return {scale / sum, highest * kLn2 + logf(sum)};
+    return {__fdividef(scale, sum), highest * kLn2 + logf(sum)};
   }
 };
 

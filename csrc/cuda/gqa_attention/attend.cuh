@@ -66,13 +66,15 @@ __device__ void load_queries(const AttentionArgs &a, const Queries &queries, con
         load_rotated_chunk(from, first, p.rotary, angles, x);
         chunk = make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
       } else if (is_aligned16(from)) {
-        chunk = *reinterpret_cast<const uint4 *>(from + first);
+        copy_async(tile + shared_offset<kShape.dim>(row, first / 8), from + first, true);
+        continue;
       } else {
         chunk = load_unaligned(from + first);
       }
     }
     store_shared16(tile + shared_offset<kShape.dim>(row, first / 8), chunk);
   }
+  copy_async_commit();
 }
 
 // Writes what a row has once, its lse or its partial sums, and returns the factor of its outputs.
@@ -99,13 +101,13 @@ __device__ void write_rows(const AttentionArgs &a, const Queries &queries, const
   for (int t = 0; t < kShape.tiles; ++t) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = tile.sum[t][half];
+      float sum = tile.softmax.sum[t][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const int row = tile.row0 + 16 * t + 8 * half + tile.lane / 4;
       if (row >= range.rows) continue;
       const float factor =
-          finish_row<T>(a, queries, split, range.row0 + row, tile.highest[t][half], sum, tile.lane % 4 == 0);
+          finish_row<T>(a, queries, split, range.row0 + row, tile.softmax.base[t][half], sum, tile.lane % 4 == 0);
       float *partial = nullptr;
       if (a.num_splits > 1) {
         partial = a.partial_out + (split * a.rows + queries.flat(a.p, range.row0 + row)) * a.p.head_dim;
@@ -134,69 +136,79 @@ __device__ void write_rows(const AttentionArgs &a, const Queries &queries, const
   }
 }
 
-// All groups have the same 16 rows: their results meet in shared memory, which the rings no longer need.
+// All groups have the same rows: their results meet, 16 rows at a time, in shared memory, which the rings no longer
+// need.
 template <typename T, int kIndex>
 __device__ void merge_groups(const AttentionArgs &a, const Queries &queries, const BlockRange &range, int split,
                              WarpTile<T, kIndex> &tile, int group, unsigned char *memory) {
   constexpr AttentionShape kShape = kAttentionShapes[kIndex];
   constexpr int kStride = kShape.dim + 8;  // floats; eight rows of a column pair lie in different banks
-  static_assert(kShape.groups * (16 * kStride * 4 + 16 * 8) <= kShape.groups * kShape.ring_bytes());
+  static_assert(16 * kStride * 4 + 16 * 8 <= kShape.ring_bytes());
   float *outs = reinterpret_cast<float *>(memory);
   float2 *sums = reinterpret_cast<float2 *>(outs + kShape.groups * 16 * kStride);
-  __syncthreads();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float sum = tile.sum[0][half];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const int row = 16 * group + 8 * half + tile.lane / 4;
-    if (tile.lane % 4 == 0) sums[row] = make_float2(tile.highest[0][half], sum);
-#pragma unroll
-    for (int n = 0; n < kShape.dim / 8; ++n) {
-      *reinterpret_cast<float2 *>(outs + row * kStride + 8 * n + 2 * (tile.lane % 4)) =
-          make_float2(tile.out[0][n][2 * half], tile.out[0][n][2 * half + 1]);
-    }
-  }
-  __syncthreads();
   const int pairs = a.p.head_dim / 2;
-  for (int i = threadIdx.x; i < range.rows * pairs; i += kShape.threads()) {
-    const int row = i / pairs, column = i % pairs * 2;
-    float highest = -INFINITY;
 #pragma unroll
-    for (int g = 0; g < kShape.groups; ++g) highest = fmaxf(highest, sums[16 * g + row].x);
-    const float base = highest == -INFINITY ? 0.0f : highest;
-    float sum = 0, x = 0, y = 0;
+  for (int t = 0; t < kShape.tiles; ++t) {
+    __syncthreads();
 #pragma unroll
-    for (int g = 0; g < kShape.groups; ++g) {
-      const float weight = exp2_fast(sums[16 * g + row].x - base);
-      const float2 pair = *reinterpret_cast<const float2 *>(outs + (16 * g + row) * kStride + column);
-      sum += weight * sums[16 * g + row].y;
-      x += weight * pair.x;
-      y += weight * pair.y;
+    for (int half = 0; half < 2; ++half) {
+      float sum = tile.softmax.sum[t][half];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      const int row = 16 * group + 8 * half + tile.lane / 4;
+      if (tile.lane % 4 == 0) sums[row] = make_float2(tile.softmax.base[t][half], sum);
+#pragma unroll
+      for (int n = 0; n < kShape.dim / 8; ++n) {
+        *reinterpret_cast<float2 *>(outs + row * kStride + 8 * n + 2 * (tile.lane % 4)) =
+            make_float2(tile.out[t][n][2 * half], tile.out[t][n][2 * half + 1]);
+      }
     }
-    const float factor = finish_row<T>(a, queries, split, range.row0 + row, highest, sum, column == 0);
-    if (a.num_splits > 1) {
-      float *partial = a.partial_out + (split * a.rows + queries.flat(a.p, range.row0 + row)) * a.p.head_dim;
-      *reinterpret_cast<float2 *>(partial + column) = make_float2(x, y);
-    } else {
-      T *out = static_cast<T *>(a.p.out) + queries.offset(a.p.out_stride, range.row0 + row);
-      out[column] = from_float<T>(x * factor);
-      out[column + 1] = from_float<T>(y * factor);
+    __syncthreads();
+    for (int i = threadIdx.x; i < min(range.rows - 16 * t, 16) * pairs; i += kShape.threads()) {
+      const int row = i / pairs, column = i % pairs * 2, at = range.row0 + 16 * t + row;
+      float highest = -INFINITY;
+#pragma unroll
+      for (int g = 0; g < kShape.groups; ++g) highest = fmaxf(highest, sums[16 * g + row].x);
+      float sum = 0, x = 0, y = 0;
+#pragma unroll
+      for (int g = 0; g < kShape.groups; ++g) {
+        const float weight = exp2_fast(sums[16 * g + row].x - highest);
+        const float2 pair = *reinterpret_cast<const float2 *>(outs + (16 * g + row) * kStride + column);
+        sum += weight * sums[16 * g + row].y;
+        x += weight * pair.x;
+        y += weight * pair.y;
+      }
+      const float factor = finish_row<T>(a, queries, split, at, highest, sum, column == 0);
+      if (a.num_splits > 1) {
+        float *partial = a.partial_out + (split * a.rows + queries.flat(a.p, at)) * a.p.head_dim;
+        *reinterpret_cast<float2 *>(partial + column) = make_float2(x, y);
+      } else {
+        T *out = static_cast<T *>(a.p.out) + queries.offset(a.p.out_stride, at);
+        out[column] = from_float<T>(x * factor);
+        out[column + 1] = from_float<T>(y * factor);
+      }
     }
   }
 }
 
+// Whether some row does not attend to some key that is loaded.
+template <int kIndex>
+__device__ bool is_mixed(const BlockRange &range, const int2 *ranges) {
+  return ranges[kAttentionShapes[kIndex].rows() - 1].x > range.first || ranges[0].y < range.end;
+}
+
 template <typename T, int kIndex>
-__global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttentionShapes[kIndex].resident())
+__global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttentionShapes[kIndex].resident)
     attend(const __grid_constant__ AttentionArgs a) {
   constexpr AttentionShape kShape = kAttentionShapes[kIndex];
-  static_assert(kShape.groups == 1 || (kShape.warps == 1 && kShape.tiles == 1), "groups share one tile of 16 rows");
+  static_assert(kShape.groups == 1 || kShape.warps == 1, "a group is one warp, or there is only one");
   static_assert(kSplitUnit % kShape.keys == 0, "splits are whole blocks of keys");
   static_assert(kShape.shared_memory() <= 99 * 1024, "the limit of sm_86 and sm_89");
   extern __shared__ __align__(128) unsigned char memory[];
   // What only the end needs again waits in shared memory, not in registers.
   __shared__ Queries kept_queries;
   __shared__ BlockRange kept_range;
+  __shared__ KeySource<T> source;
   const BlockWork work = find_work(a);
   const Queries queries(a.p, work);
   if (work.b == a.p.batch || !queries.sequence.valid) return fill_rows<T>(a, queries, work, kShape.rows());
@@ -217,44 +229,79 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
 
   // Block i of this group starts at key begin + i * step.
   constexpr int kStep = kShape.groups * kShape.keys;
+  constexpr bool kInTurns = kShape.stages == 1;
+  constexpr bool kAlone = kShape.groups > 1;  // a group is one warp
+  constexpr int kPending = kInTurns ? 0 : kShape.stages - 2;
   const int begin = range.begin + group * kShape.keys;
   const int blocks = begin < range.end ? (range.end - begin + kStep - 1) / kStep : 0;
-  KeyLoader<T, kShape.dim, kShape.keys, kShape.warps> loader(a, queries, range.first, range.end, warp, lane);
-  const auto load = [&](int i) {
+  KeyLoader<T, kShape.dim, kShape.keys, kShape.warps> loader(source, warp, lane);
+  const auto place = [&](int i) { return ring + i % kShape.stages * (2 * kShape.block_bytes()); };
+  const auto load_keys = [&](int i) {
+    if (i < blocks) loader.load_keys(a, begin + i * kStep, place(i));
+    if (kInTurns) copy_async_commit();
+  };
+  const auto load_values = [&](int i) {
     if (i < blocks) {
-      const uint32_t to = ring + i % kShape.stages * (2 * kShape.block_bytes());
-      loader.load(a, begin + i * kStep, to, to + kShape.block_bytes());
+      loader.load_values(a, begin + i * kStep, place(i) + kShape.block_bytes());
       loader.find_page(a, begin + (i + 1) * kStep);
     }
     copy_async_commit();
   };
-
-  loader.find_page(a, begin);
+  const auto start = [&] {
+    loader.find_page(a, begin);
+    if (kInTurns) load_keys(0);
 #pragma unroll
-  for (int i = 0; i < kShape.stages - 1; ++i) load(i);
-  load_queries<T, kIndex>(a, queries, range, query_tile, ranges);
-  if (threadIdx.x == 0) kept_queries = queries, kept_range = range;
-  __syncthreads();
-
-  WarpTile<T, kIndex> tile(lane, warp * 16 * kShape.tiles, query_tile, ranges);
-  tile.hold_queries();
-  const bool has_rows = tile.row0 < range.rows;
-  for (int i = 0; i < blocks; ++i) {
-    copy_async_wait<kShape.stages - 2>();
-    // All of the group sees block i, and is done with block i - 1, whose place the next one takes.
-    if constexpr (kShape.groups > 1) {
+    for (int i = 0; i < kShape.stages - 1; ++i) load_keys(i), load_values(i);
+  };
+  // What was copied is there for all warps of the group, and all are done with what they read before.
+  const auto meet = [&] {
+    copy_async_wait<kPending>();
+    if constexpr (kAlone) {
       __syncwarp();
     } else {
       __syncthreads();
     }
-    load(i + kShape.stages - 1);
-    const int key = begin + i * kStep;
-    if (has_rows && tile.sees_any(key)) {
-      const uint32_t at = ring + i % kShape.stages * (2 * kShape.block_bytes());
-      tile.attend(a, at, at + kShape.block_bytes(), key, tile.sees_all(key));
-    }
+  };
+
+  load_queries<T, kIndex>(a, queries, range, query_tile, ranges);
+  if (threadIdx.x == 0) {
+    kept_queries = queries;
+    kept_range = range;
+    source = KeySource<T>(a, queries, range.first, range.end);
   }
-  if (__any_sync(0xffffffffu, tile.left_out != 0)) {
+  __syncthreads();
+  start();
+  copy_async_wait<kInTurns ? 1 : kShape.stages - 1>();  // of the queries
+  __syncthreads();
+
+  WarpTile<T, kIndex> tile(lane, warp * 16 * kShape.tiles, query_tile, ranges);
+  const bool has_rows = tile.row0 < kept_range.rows;
+  for (bool carefully = false;; carefully = true) {
+    tile.clear();
+    for (int i = 0; i < blocks; ++i) {
+      meet();
+      if (kInTurns) {
+        load_values(i);
+      } else {
+        load_keys(i + kShape.stages - 1), load_values(i + kShape.stages - 1);
+      }
+      const int key = begin + i * kStep;
+      const bool seen = has_rows && tile.sees_any(key), full = tile.sees_all(key);
+      typename WarpTile<T, kIndex>::Scores scores;
+      if (seen) tile.score(a, scores, place(i), key, full);
+      if (kInTurns) meet(), load_keys(i + 1);
+      if (seen) tile.add(scores, place(i) + kShape.block_bytes(), a.multiplier, carefully && !full);
+    }
+    // Masked keys have weight 0, but 0 times infinity or NaN is NaN: where that may have happened, all over again.
+    if (carefully || !is_mixed<kIndex>(kept_range, ranges)) break;
+    if constexpr (kAlone) {
+      if (!__any_sync(0xffffffffu, tile.is_spoilt())) break;
+    } else {
+      if (!__syncthreads_or(tile.is_spoilt())) break;
+    }
+    start();
+  }
+  if (__any_sync(0xffffffffu, tile.left_out)) {
     for (int i = 0; i < blocks; ++i) {
       const int first = begin + i * kStep;
       if (tile.sees_all(first)) continue;

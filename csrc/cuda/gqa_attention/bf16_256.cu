@@ -2,3 +2,4 @@
 #include "cuda/gqa_attention/instance.cuh"
 
 GQA_ATTEND_INSTANCE(__nv_bfloat16, 3);
+GQA_ATTEND_INSTANCE(__nv_bfloat16, 7);

@@ -2,3 +2,5 @@
 #include "cuda/gqa_attention/instance.cuh"
 
 GQA_ATTEND_INSTANCE(__nv_bfloat16, 1);
+GQA_ATTEND_INSTANCE(__nv_bfloat16, 5);
+GQA_ATTEND_INSTANCE(__nv_bfloat16, 9);

@@ -2,3 +2,5 @@
 #include "cuda/gqa_attention/instance.cuh"
 
 GQA_ATTEND_INSTANCE(__half, 2);
+GQA_ATTEND_INSTANCE(__half, 6);
+GQA_ATTEND_INSTANCE(__half, 10);

@@ -2,3 +2,4 @@
 #include "cuda/gqa_attention/instance.cuh"
 
 GQA_ATTEND_INSTANCE(__half, 3);
+GQA_ATTEND_INSTANCE(__half, 7);

@@ -2,3 +2,5 @@
 #include "cuda/gqa_attention/instance.cuh"
 
 GQA_ATTEND_INSTANCE(__half, 0);
+GQA_ATTEND_INSTANCE(__half, 4);
+GQA_ATTEND_INSTANCE(__half, 8);

@@ -1,4 +1,4 @@
-// Defines the two kernels of one dtype and width, for few rows and for many. Included by one small file each.
+// Defines the kernels of one dtype and width, for few rows and for many. Included by one small file each.
 #pragma once
 
 #include "cuda/gqa_attention/attend.cuh"
@@ -12,6 +12,4 @@ AttendKernel attend_kernel() {
 
 }  // namespace gqa::cuda
 
-#define GQA_ATTEND_INSTANCE(T, width)                                    \
-  template gqa::cuda::AttendKernel gqa::cuda::attend_kernel<T, width>(); \
-  template gqa::cuda::AttendKernel gqa::cuda::attend_kernel<T, gqa::kAttentionDims + width>()
+#define GQA_ATTEND_INSTANCE(T, index) template gqa::cuda::AttendKernel gqa::cuda::attend_kernel<T, index>()

@@ -53,113 +53,125 @@ __device__ __forceinline__ uint4 load_unaligned(const T *from) {
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// Loads blocks of kKeys keys for one KV head; of its group's kWarps warps each loads kKeys / kWarps rows.
+// Where the keys and values of a block's KV head are. In shared memory, as registers are scarce in the loop over keys.
+template <typename T>
+struct KeySource {
+  const T *k, *v;
+  int b, first, last;  // only keys [first, last) are read, and only their pages looked up; the others become zeros
+
+  KeySource() = default;
+  __device__ KeySource(const AttentionArgs &a, const Queries &queries, int first_, int last_)
+      : b(static_cast<int>(queries.b)), first(first_), last(last_) {
+    const int64_t sequence = a.per_sequence ? queries.b : 0;
+    const int64_t start = a.p.k_cache != nullptr ? 0 : queries.sequence.k_start;
+    k = static_cast<const T *>(a.k) + sequence * a.k_stride[0] + start * a.k_stride[1] +
+        queries.kv_head * a.k_stride[2];
+    v = static_cast<const T *>(a.v) + sequence * a.v_stride[0] + start * a.v_stride[1] +
+        queries.kv_head * a.v_stride[2];
+  }
+
+  __device__ bool has(int key) const { return key >= first && key < last; }
+};
+
+// Loads blocks of kKeys keys or values of one KV head; of its group's kWarps warps each loads kKeys / kWarps rows.
 template <typename T, int kDim, int kKeys, int kWarps>
 class KeyLoader {
-  static constexpr int kColumns = kDim / 8;
-  static constexpr int kRows = kKeys / kWarps;
-  static constexpr int kSteps = kRows * kColumns / 32;
-  static_assert(kRows <= 32 && kRows * kColumns % 32 == 0, "a lane per row, whole warps of columns");
+  static constexpr int kLanes = kPermuted<kDim>;    // side by side they copy 16 bytes each of a row at once,
+  static constexpr int kParts = kDim / 8 / kLanes;  // in this many parts,
+  static constexpr int kRows = 32 / kLanes;         // of this many rows per warp,
+  static constexpr int kJump = kRows * kWarps;      // and then go on this far down
+  static constexpr int kSteps = kKeys / kJump;
+  static_assert(kKeys % kJump == 0 && kSteps * kRows <= 32, "whole steps, and a lane per row for its page");
 
  public:
-  // Only keys [first, last) are read, and only their pages looked up; the others become zeros.
-  __device__ KeyLoader(const AttentionArgs &a, const Queries &queries, int first, int last, int warp, int lane)
-      : b_(static_cast<int>(queries.b)), first_(first), last_(last), row0_(warp * kRows), lane_(lane) {
-    const int64_t b = a.per_sequence ? queries.b : 0;
-    const int64_t start = a.p.k_cache != nullptr ? 0 : queries.sequence.k_start;
-    k_ = static_cast<const T *>(a.k) + b * a.k_stride[0] + start * a.k_stride[1] + queries.kv_head * a.k_stride[2];
-    v_ = static_cast<const T *>(a.v) + b * a.v_stride[0] + start * a.v_stride[1] + queries.kv_head * a.v_stride[2];
-  }
+  __device__ KeyLoader(const KeySource<T> &source, int warp, int lane)
+      : source_(source), row_(warp * kRows + lane / kLanes), lane_(lane) {}
 
-  // Looks up the page of this lane's row of the block at `begin`, which is the next to be loaded.
+  // Looks up the pages of the block at `begin`, which is the next to be loaded: of one row per lane.
   __device__ void find_page(const AttentionArgs &a, int begin) {
     if (!a.paged) return;
-    const int key = begin + row0_ + lane_;
-    offset_ = 0;
-    if (lane_ < kRows && key >= first_ && key < last_) {
-      const uint32_t size = static_cast<uint32_t>(a.p.page_size), index = static_cast<uint32_t>(key) / size;
-      const int64_t page = load_index(a.p.block_table, b_, index);
-      offset_ =
-          page >= 0 && page < a.p.num_pages ? page * a.k_stride[0] + (key - index * size) * a.k_stride[1] : kBadPage;
-    }
+    const int key = begin + row_ - lane_ / kLanes + lane_ / kRows * kJump + lane_ % kRows;
+    const bool wanted = lane_ < kSteps * kRows && source_.has(key);
+    offset_ = wanted ? offset_of(a, a.k_stride, key) : 0;
   }
 
-  // Starts the copies of the block at `begin` to shared addresses k and v; a row of a bad page becomes NaN.
-  __device__ void load(const AttentionArgs &a, int begin, uint32_t k, uint32_t v) const {
-    if (!a.direct || (a.paged && __any_sync(0xffffffffu, offset_ == kBadPage))) {
-      load_any(a, begin, k, v);
-    } else if (a.paged) {
-      load_pages(a, begin, k, v);
-    } else {
-      load_rows(a, begin, k, v);
-    }
+  // Starts the copies of the block at `begin` to a shared address; a row of a bad page becomes NaN.
+  __device__ void load_keys(const AttentionArgs &a, int begin, uint32_t to) const {
+    load(a, source_.k, a.k_stride, begin, to);
+  }
+  __device__ void load_values(const AttentionArgs &a, int begin, uint32_t to) const {
+    load(a, source_.v, a.v_stride, begin, to);
   }
 
   // Columns `column` and the next one of the value of a key, straight from global memory.
   __device__ float2 value_at(const AttentionArgs &a, int key, int column) const {
-    if (key < first_ || key >= last_ || column >= a.p.head_dim) return make_float2(0, 0);
-    const int64_t from = a.paged ? cache_offset(a.p, a.v_stride, b_, key, 0) : key * a.v_stride[1];
+    if (!source_.has(key) || column >= a.p.head_dim) return make_float2(0, 0);
+    const int64_t from = offset_of(a, a.v_stride, key);
     if (from < 0) return make_float2(NAN, NAN);
-    return make_float2(to_float(v_[from + column]), to_float(v_[from + column + 1]));
+    return make_float2(to_float(source_.v[from + column]), to_float(source_.v[from + column + 1]));
   }
 
  private:
   static constexpr int64_t kBadPage = -1;
 
-  __device__ int row_of(int step) const { return (lane_ + 32 * step) / kColumns; }
-  __device__ int column_of(int step) const { return (lane_ + 32 * step) % kColumns; }
-  __device__ bool is_wanted(const AttentionArgs &a, int key, int column) const {
-    return key >= first_ && key < last_ && column * 8 < a.p.head_dim;
+  // Of a key's row from the first one, in elements.
+  __device__ int64_t offset_of(const AttentionArgs &a, const int64_t *stride, int key) const {
+    if (!a.paged) return key * stride[1];
+    const uint32_t size = static_cast<uint32_t>(a.p.page_size), index = static_cast<uint32_t>(key) / size;
+    const int64_t page = load_index(a.p.block_table, source_.b, index);
+    return page >= 0 && page < a.p.num_pages ? page * stride[0] + (key - index * size) * stride[1] : kBadPage;
   }
 
-  __device__ void load_rows(const AttentionArgs &a, int begin, uint32_t k, uint32_t v) const {
-    const int row0 = begin + row0_ + row_of(0);
-    const T *k_row = k_ + row0 * a.k_stride[1], *v_row = v_ + row0 * a.v_stride[1];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int row = row_of(step), column = column_of(step), jump = row - row_of(0);
-      const bool wanted = is_wanted(a, begin + row0_ + row, column);
-      const uint32_t to = shared_offset<kDim>(row0_ + row, column);
-      copy_async(k + to, k_row + jump * a.k_stride[1] + column * 8, wanted);
-      copy_async(v + to, v_row + jump * a.v_stride[1] + column * 8, wanted);
+  // Where this lane's first chunk of step `step` goes: rows 8 apart have their columns permuted alike.
+  __device__ uint32_t offset(int step) const {
+    const uint32_t first = shared_offset<kDim>(row_, lane_ % kLanes), flip = kJump % 8 == 0 ? 0 : step % 2 * 64;
+    return (first ^ flip) + step * kJump * kDim * 2;
+  }
+  __device__ bool has_column(const AttentionArgs &a, int part) const {
+    return (part * kLanes + lane_ % kLanes) * 8 < a.p.head_dim;
+  }
+
+  __device__ __forceinline__ void load(const AttentionArgs &a, const T *base, const int64_t *stride, int begin,
+                                       uint32_t to) const {
+    if (!a.direct || (a.paged && __any_sync(0xffffffffu, offset_ == kBadPage))) {
+      return load_any(a, base, stride, begin, to);
     }
-  }
-
-  // K and V have the same strides, so a row has the same offset in both.
-  __device__ void load_pages(const AttentionArgs &a, int begin, uint32_t k, uint32_t v) const {
+    const int first = source_.first - begin, last = source_.last - begin;
+    const T *from = base + (begin + row_) * stride[1] + lane_ % kLanes * 8;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int row = row_of(step), column = column_of(step);
-      const int64_t from = __shfl_sync(0xffffffffu, offset_, row) + column * 8;
-      const bool wanted = is_wanted(a, begin + row0_ + row, column);
-      const uint32_t to = shared_offset<kDim>(row0_ + row, column);
-      copy_async(k + to, k_ + from, wanted);
-      copy_async(v + to, v_ + from, wanted);
+      // Paged keys and values have the same strides, so a row has the same offset in both.
+      if (a.paged) {
+        from = base + __shfl_sync(0xffffffffu, offset_, step * kRows + lane_ / kLanes) + lane_ % kLanes * 8;
+      }
+      const int row = row_ + step * kJump;
+      const bool there = row >= first && row < last;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        copy_async(to + offset(step) + part * kLanes * 16, from + part * kLanes * 8, there && has_column(a, part));
+      }
+      from += kJump * stride[1];
     }
   }
 
   // Bad pages, rows that are not 16-byte aligned, paged K and V with unlike strides.
-  __device__ void load_any(const AttentionArgs &a, int begin, uint32_t k, uint32_t v) const {
+  __device__ void load_any(const AttentionArgs &a, const T *base, const int64_t *stride, int begin, uint32_t to) const {
 #pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const int row = row_of(step), column = column_of(step), key = begin + row0_ + row;
-      uint4 k_chunk = make_uint4(0, 0, 0, 0), v_chunk = k_chunk;
-      if (is_wanted(a, key, column)) {
-        const int64_t k_from = a.paged ? cache_offset(a.p, a.k_stride, b_, key, 0) : key * a.k_stride[1];
-        const int64_t v_from = a.paged ? cache_offset(a.p, a.v_stride, b_, key, 0) : key * a.v_stride[1];
-        const uint4 nan = make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu);
-        k_chunk = k_from < 0 ? nan : load_unaligned(k_ + k_from + column * 8);
-        v_chunk = v_from < 0 ? nan : load_unaligned(v_ + v_from + column * 8);
+    for (int i = 0; i < kSteps * kParts; ++i) {
+      const int step = i / kParts, part = i % kParts, key = begin + row_ + step * kJump;
+      uint4 chunk = make_uint4(0, 0, 0, 0);
+      if (source_.has(key) && has_column(a, part)) {
+        const int64_t from = offset_of(a, stride, key);
+        chunk = from < 0 ? make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu)
+                         : load_unaligned(base + from + (part * kLanes + lane_ % kLanes) * 8);
       }
-      const uint32_t to = shared_offset<kDim>(row0_ + row, column);
-      store_shared16(k + to, k_chunk);
-      store_shared16(v + to, v_chunk);
+      store_shared16(to + offset(step) + part * kLanes * 16, chunk);
     }
   }
 
-  const T *k_, *v_;
+  const KeySource<T> &source_;
   int64_t offset_ = 0;  // of this lane's row in a paged cache
-  int b_, first_, last_, row0_, lane_;
+  int row_, lane_;
 };
 
 }  // namespace gqa::cuda

@@ -2,46 +2,44 @@
 #pragma once
 
 #include "cuda/gqa_attention/key_loader.cuh"
+#include "cuda/gqa_attention/softmax.cuh"
 #include "plan/gqa_attention.h"
 
 namespace gqa::cuda {
 
-// The rows of kShape.tiles tiles of 16 query rows. A thread holds, of each tile, rows lane / 4 ("half" 0) and
-// lane / 4 + 8 (half 1), and of each 8 columns 2 (lane % 4) and the next one.
+// The rows of kShape.tiles tiles of 16 query rows, laid out as Softmax says.
 template <typename T, int kIndex>
 struct WarpTile {
   static constexpr AttentionShape kShape = kAttentionShapes[kIndex];
-  static constexpr int kDim = kShape.dim, kKeys = kShape.keys, kTiles = kShape.tiles;
-  static constexpr bool kHoldsQueries = kTiles == 1 && kDim <= 128;
-  using Scores = float[kTiles][kKeys / 8][4];
+  static constexpr int kDim = kShape.dim, kKeys = kShape.keys, kTiles = kShape.tiles, kHeld = kShape.held;
+  using Scores = typename Softmax<kTiles, kKeys>::Scores;
 
   int lane, row0;      // the warp's first row in the block of rows
   uint32_t queries;    // shared address of the block's query tile
   const int2 *ranges;  // keys of each row of the block
   LaneAddress<kDim, false> down;
   LaneAddress<kDim, true> across;
-  uint32_t held[kHoldsQueries ? kDim / 16 : 1][4];
+  uint32_t held[kTiles][kHeld == 0 ? 1 : kHeld][4];
   float out[kTiles][kDim / 8][4];
-  float highest[kTiles][2];  // in log2 units
-  float sum[kTiles][2];      // this thread's columns' share
-  uint32_t left_out = 0;     // not 0: values that add_left_out has to bring in
+  Softmax<kTiles, kKeys> softmax;
+  bool left_out;  // there are values that add_left_out has to bring in
 
   __device__ WarpTile(int lane_, int row0_, uint32_t queries_, const int2 *ranges_)
       : lane(lane_), row0(row0_), queries(queries_), ranges(ranges_), down(lane_), across(lane_) {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      highest[t][0] = highest[t][1] = -INFINITY;
-      sum[t][0] = sum[t][1] = 0;
 #pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0;
+      for (int step = 0; step < kHeld; ++step) load_matrices(held[t][step], down.at(queries, row0 + 16 * t, step));
     }
   }
 
-  // After the query tile is in shared memory.
-  __device__ void hold_queries() {
-    if constexpr (kHoldsQueries) {
+  __device__ void clear() {
+    left_out = false;
+    softmax.clear();
 #pragma unroll
-      for (int step = 0; step < kDim / 16; ++step) load_matrices(held[step], down.at(queries, row0, step));
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) out[t][n][0] = out[t][n][1] = out[t][n][2] = out[t][n][3] = 0;
     }
   }
 
@@ -54,21 +52,34 @@ struct WarpTile {
     return begin >= ranges[row0 + 16 * kTiles - 1].x && begin + kKeys <= ranges[row0].y;
   }
 
-  // Takes in the keys and values of one block, whose first key is `begin`. `full`: every row attends to every key.
-  __device__ void attend(const AttentionArgs &a, uint32_t k, uint32_t v, int begin, bool full) {
-    Scores s;
+  // Scores of the keys of one block, whose first key is `begin`. `full`: every row attends to every key.
+  __device__ void score(const AttentionArgs &a, Scores &s, uint32_t k, int begin, bool full) const {
     multiply_keys(s, k);
-    if (a.transforms) transform(a, s);
-    if (!full) mask(s, begin);
-    weigh(s, a.multiplier);
-    if (full) {
-      add_values<false>(s, v);
+    if (a.transforms) softmax.transform(a, s);
+    if (!full) softmax.mask(s, ranges + row0, begin, lane);
+  }
+
+  // Takes in the values of the block. `carefully`: some of those that not every row attends to may not be finite.
+  __device__ void add(Scores &s, uint32_t v, float multiplier, bool carefully) {
+    softmax.settle(s, out, multiplier);
+    softmax.weigh(s, multiplier);
+    if (carefully) {
+      left_out = add_values<true>(s, v) != 0 || left_out;
     } else {
-      left_out |= add_values<true>(s, v);
+      add_values<false>(s, v);
     }
   }
 
-  __device__ int2 range_of(int t, int half) const { return ranges[row0 + 16 * t + 8 * half + lane / 4]; }
+  // Whether something met an infinity or NaN.
+  __device__ bool is_spoilt() const {
+    float zero = 0;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < kDim / 2; ++i) zero = __fmaf_rn(out[t][i / 4][i % 4], 0.0f, zero);
+    }
+    return zero != 0;
+  }
 
   // Two values of key `key`, columns 8 n and up, that add_values left out: into the rows that attend to the key.
   // Infinities and NaN are the same at any scale, so this can wait for the end.
@@ -77,7 +88,7 @@ struct WarpTile {
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int2 range = range_of(t, half);
+        const int2 range = ranges[row0 + 16 * t + 8 * half + lane / 4];
         if (key < range.x || key >= range.y) continue;
         if (!isfinite(values.x)) out[t][n][2 * half] += values.x;
         if (!isfinite(values.y)) out[t][n][2 * half + 1] += values.y;
@@ -86,25 +97,7 @@ struct WarpTile {
   }
 
  private:
-  // tanh by one exponential: its absolute error of 1e-7 is far below the dtype's.
-  __device__ static void transform(const AttentionArgs &a, Scores &s) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) s[t][i / 4][i % 4] *= a.before_tanh;
-    }
-    if (!(a.p.softcap > 0)) return;
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) {
-        float &x = s[t][i / 4][i % 4];
-        x = a.after_tanh * (1.0f - __fdividef(2.0f, 1.0f + exp2_fast(x * (2 * kLog2e))));
-      }
-    }
-  }
-
-  __device__ void multiply_keys(Scores &s, uint32_t k) {
+  __device__ void multiply_keys(Scores &s, uint32_t k) const {
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
@@ -115,9 +108,9 @@ struct WarpTile {
       uint32_t q[kTiles][4];
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
-        if constexpr (kHoldsQueries) {
+        if (step < kHeld) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) q[t][i] = held[step][i];
+          for (int i = 0; i < 4; ++i) q[t][i] = held[t][step][i];
         } else {
           load_matrices(q[t], down.at(queries, row0 + 16 * t, step));
         }
@@ -130,64 +123,6 @@ struct WarpTile {
         for (int t = 0; t < kTiles; ++t) {
           multiply_add<T>(s[t][2 * n], q[t], b[0], b[1]);
           multiply_add<T>(s[t][2 * n + 1], q[t], b[2], b[3]);
-        }
-      }
-    }
-  }
-
-  __device__ void mask(Scores &s, int begin) const {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int2 range = range_of(t, half);
-        const int first = range.x - begin - 2 * (lane % 4), last = range.y - begin - 2 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (8 * n + i < first || 8 * n + i >= last) s[t][n][2 * half + i] = -INFINITY;
-          }
-        }
-      }
-    }
-  }
-
-  // Scores become weights relative to the highest score so far; sums and outputs are rescaled to it.
-  __device__ void weigh(Scores &s, float multiplier) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      float factor[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        // fmaxf passes over a NaN; its weight below is NaN and so is the sum.
-        float top = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[t][n][2 * half], s[t][n][2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        top = fmaxf(highest[t][half], top * multiplier);
-        const float base = top == -INFINITY ? 0.0f : top;
-        factor[half] = exp2_fast(highest[t][half] - base);
-        highest[t][half] = top;
-        float added = 0;
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float &score = s[t][n][2 * half + i];
-            // Not one FMA: the product has to round as `top` did, or huge scores would miss their own maximum.
-            score = exp2_fast(__fmul_rn(score, multiplier) - base);
-            added += score;
-          }
-        }
-        sum[t][half] = __fmaf_rn(sum[t][half], factor[half], added);
-      }
-      if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) out[t][n][i] *= factor[i / 2];
         }
       }
     }

@@ -18,7 +18,7 @@ struct Args {
   int32_t k_row, v_row;
   int32_t group, rows, seqlen_q, capacity, window_left;
   uint32_t group_inverse, cluster_inverse;  // ceil(2^20 / group), ceil(2^16 / cluster)
-  uint32_t cluster_fraction;                // floor((2^32 - 1) / cluster)
+  uint32_t stride_fraction;                 // floor((2^32 - 1) / warps of the cluster)
   int32_t zero;                             // 0: makes a value differ between lanes in the compiler's eyes
   int32_t slots, full_ranks;                // units of a block: slots, one less from rank full_ranks on
   float scale, softcap;                     // scale: of log2 units, or before the softcap
@@ -44,8 +44,9 @@ inline void set_page_size(uint32_t size, Args *args) {
   args->page_magic = static_cast<uint32_t>(((uint64_t{1} << args->page_shift) + size - 1) / size);
 }
 
-// `slices`: units of 32 dimensions in a row of the output.
-inline Args make_args(const gqa_attention_params &p, int cluster, int slices) {
+// `warps`: of a block.
+inline Args make_args(const gqa_attention_params &p, int cluster, int warps) {
+  const int slices = p.head_dim / 32;
   Args a{};
   const auto bytes = [](const int64_t *from, int64_t *to) {
     for (int i = 0; i < 3; ++i) to[i] = 2 * from[i];
@@ -66,7 +67,7 @@ inline Args make_args(const gqa_attention_params &p, int cluster, int slices) {
   a.window_left = p.window_left < p.cache_capacity ? p.window_left : -1;  // wider than any sequence: no limit
   a.group_inverse = ((1u << 20) + a.group - 1) / a.group;
   a.cluster_inverse = ((1u << 16) + cluster - 1) / cluster;
-  a.cluster_fraction = 0xffffffffu / cluster;
+  a.stride_fraction = 0xffffffffu / (cluster * warps);
   a.slots = (a.rows * slices + cluster - 1) / cluster;
   a.full_ranks = a.rows * slices - (a.slots - 1) * cluster;
   a.scale = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;

@@ -12,7 +12,9 @@ constexpr int kTile = 16;  // keys
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
-template <typename T_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_>
+// kPlain_: one query token, no new keys, rotation, window, padding or softcap: short code for the calls that want
+// least.
+template <typename T_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_, bool kPlain_>
 struct Config {
   using T = T_;
   static constexpr int kDim = kDim_;
@@ -21,6 +23,7 @@ struct Config {
   static constexpr int kRowTiles = kRowTiles_;                         // groups of 8 query rows
   static constexpr bool kPaged = kCache_ != DecodeCache::kContiguous;  // rows are found through `Place`
   static constexpr bool kAligned = kCache_ != DecodeCache::kAny;
+  static constexpr bool kPlain = kPlain_;
   static constexpr int kSlices = kDim / 32;
   static constexpr int kRows = 8 * kRowTiles;
 
@@ -65,19 +68,19 @@ struct Keys {
   __device__ int high(int i) const { return start + i + 1; }
 };
 
-// Where this thread stands and what its block is about.
+// Where this thread stands and what its block is about. Cached tiles go round all warps of the cluster: this one takes
+// first, first + stride ... below tile_end.
 template <typename C>
 struct Block {
   int warp, lane, r, c, rank, cluster, b, head;
   Keys keys;
-  int tile_begin, tile_end;  // cached tiles of this block; a block with new keys has them as tile `tile_end`
-  int row_low, row_high;     // cached rows that anyone sees
+  int first, stride, tile_end;
+  int row_low, row_high;  // cached rows that anyone sees
   const char *k_head, *v_head;
 
   __device__ int slots(const Args &p) const { return rank < p.full_ranks ? p.slots : p.slots - 1; }
   __device__ void make_uniform() {
-    for (int *x :
-         {&keys.start, &keys.cached, &keys.total, &keys.leftpad, &tile_begin, &tile_end, &row_low, &row_high}) {
+    for (int *x : {&keys.start, &keys.cached, &keys.total, &keys.leftpad, &first, &tile_end, &row_low, &row_high}) {
       *x = __shfl_sync(~0u, *x, 0);
     }
   }
@@ -111,24 +114,19 @@ struct Length {
   }
 };
 
-// The sequence's lengths, and this block's share of its cached tiles: even, the first blocks one more.
+// The sequence's lengths, and where this warp's tiles begin and end.
 template <typename C>
 __device__ bool divide(const Args &p, const Length &length, const Length &padding, Block<C> *t) {
-  const int new_keys = p.k != nullptr ? p.seqlen_q : 0;
-  int cached = length.value(), leftpad = padding.value();
+  const int new_keys = !C::kPlain && p.k != nullptr ? p.seqlen_q : 0;
+  int cached = length.value(), leftpad = C::kPlain ? 0 : padding.value();
   // capacity + 16 fits 32 bits
   const bool valid = cached >= 0 && cached <= p.capacity - new_keys && leftpad >= 0;
   cached = valid ? cached : 0;
   t->keys = {cached + new_keys - p.seqlen_q, cached, cached + new_keys, min(leftpad, p.capacity), p.window_left};
-  t->row_low = max(t->keys.low(0), 0), t->row_high = cached;
-  const int first = static_cast<uint32_t>(t->row_low) / kTile;
-  const int tiles =
-      t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + kTile - 1) / kTile) - first : 0;
-  int each = static_cast<int>(__umulhi(static_cast<uint32_t>(tiles), p.cluster_fraction));  // or one less
-  int rest = tiles - each * t->cluster;
-  if (rest >= t->cluster) ++each, rest -= t->cluster;
-  t->tile_begin = first + each * t->rank + min(t->rank, rest);
-  t->tile_end = t->tile_begin + each + (t->rank < rest ? 1 : 0);
+  t->row_low = C::kPlain ? 0 : max(t->keys.low(0), 0), t->row_high = cached;
+  const int start = static_cast<uint32_t>(t->row_low) / kTile;
+  t->first += start;
+  t->tile_end = t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + kTile - 1) / kTile) : start;
   return valid;
 }
 

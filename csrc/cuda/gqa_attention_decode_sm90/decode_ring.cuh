@@ -1,13 +1,15 @@
 // Decode attention on Hopper: the keys of a (sequence, KV head) are shared out among the blocks of a cluster, which
 // join their sums by one-way stores in the same launch.
-// Keys come in tiles of 16; a warp takes every kWarps-th tile of its block's range for all query rows of the head group
-// and keeps its own ring of kStages tiles, softmax and sums: between the first load and the last nobody waits for
-// anybody else. Warps meet once, in shared memory.
-// Memory order: K and V once, by 16-byte asynchronous copies; a stage's K is refilled as soon as it is scored.
+// Keys come in tiles of 16, which go round all warps of the cluster; a warp takes its tiles for all query rows of the
+// head group and keeps its own ring of kStages tiles, softmax and sums: between the first load and the last nobody
+// waits for anybody else. Warps meet once, in shared memory.
+// Memory order: K and V once, by 16-byte asynchronous copies, in plain calls the first tile of each warp before the
+// length is known; a stage's K is refilled as soon as it is scored.
 // Limits: 16-bit types, 16-byte aligned rows, at most 8 * kRowTiles query rows (tokens times heads of the group).
 // Determinism: fixed order of sums; they depend on the sequence's own length and on the number of blocks that share it.
 #pragma once
 
+#include "cuda/common/programmatic_launch.cuh"
 #include "cuda/gqa_attention_decode_sm90/finish.cuh"
 #include "cuda/gqa_attention_decode_sm90/loads.cuh"
 #include "cuda/gqa_attention_decode_sm90/new_keys.cuh"
@@ -15,20 +17,23 @@
 
 namespace gqa::cuda::decode_sm90 {
 
-// The tiles of one warp, in order: its cached tiles and, in some warp of the last block, the new keys. Those come last
-// or in place kStages - 1, so that they are loaded ahead of the loop.
+// The tiles of one warp, in order: its cached tiles and, in the warp after that of the last one, the new keys. Those
+// come last or in place kStages - 1, so that they are loaded ahead of the loop.
 template <typename C>
 struct Work {
-  int first, cached, has_new, new_at;  // first: its first cached tile, the others kWarps apart
+  int first, stride, cached, has_new, new_at;
 
-  __device__ Work(const Block<C> &t, bool appends) {
-    const int tiles = t.tile_end - t.tile_begin;
-    first = t.tile_begin + t.warp;
-    cached = max(0, tiles - t.warp + C::kWarps - 1) / C::kWarps;
-    has_new = appends && tiles % C::kWarps == t.warp;
+  __device__ Work(const Args &p, const Block<C> &t, bool appends) {
+    first = t.first, stride = t.stride;
+    const int before = t.rank * C::kWarps + t.warp, tiles = t.tile_end - (first - before);
+    int rounds = static_cast<int>(__umulhi(static_cast<uint32_t>(tiles), p.stride_fraction));  // or one less
+    int rest = tiles - rounds * stride;
+    if (rest >= stride) ++rounds, rest -= stride;
+    cached = rounds + (before < rest);
+    has_new = !C::kPlain && appends && before == rest;
     new_at = has_new ? min(cached, C::kStages - 1) : -1;
   }
-  __device__ int tile(int i) const { return first + (i - (has_new && i > new_at)) * C::kWarps; }
+  __device__ int tile(int i) const { return first + (i - (has_new && i > new_at)) * stride; }
 };
 
 template <typename C>
@@ -40,12 +45,18 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
   for (int i = 0; i < work.cached + work.has_new; ++i) {
     const int tile = work.tile(i), next = work.tile(i + C::kStages);
     const uint32_t stage = ring_base + offset;
-    const bool is_new = i == work.new_at, refills = next < t.tile_end;
+    const bool is_new = !C::kPlain && i == work.new_at, refills = next < t.tile_end;
     const int key = is_new ? t.keys.cached : tile * kTile, end = is_new ? t.keys.total : t.row_high;
     if (is_new && i < C::kStages - 1) {
       copy_async_wait<0>();  // the last tile of this warp, loaded with the last group
     } else {
       copy_async_wait<C::kStages - 1>();
+    }
+    if (C::kPlain && i == 0 && key + kTile > end) {  // loaded ahead of the length: nobody sees the values from `end` on
+      __syncwarp();
+      for (int at = (end - key) * C::kRowBytes + 16 * t.lane; at < C::kTileBytes; at += 512) {
+        store_shared16(stage + C::kTileBytes + at, {});
+      }
     }
     __syncwarp();
     if (is_new) append_new_keys(p, t, ring + offset);
@@ -58,7 +69,7 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
     __syncwarp();
     if (refills) {
       loader.load_v(p, t, ahead, next, stage);
-      ahead.find(p, t, next + C::kWarps);
+      ahead.find(p, t, next + work.stride);
     }
     copy_async_commit();
     offset = offset + C::kStageBytes == C::kWarpBytes ? 0 : offset + C::kStageBytes;
@@ -75,10 +86,8 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   t.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), t.lane = threadIdx.x % 32, t.r = t.lane / 4, t.c = t.lane % 4;
   t.rank = cluster_rank(), t.cluster = cluster_size();
   t.head = blockIdx.y, t.b = blockIdx.z;
+  t.stride = t.cluster * C::kWarps, t.first = t.rank * C::kWarps + t.warp;
 
-  Length length, padding;
-  length.load(p.cache_seqlens, t.b, t.lane * p.zero);
-  padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
   if (t.cluster > 1) {
     if (threadIdx.x == 0) {
       mbarrier_init(shared_base + C::kBarrier, 1);
@@ -90,31 +99,44 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   t.k_head = p.k_cache + t.head * p.k_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.k_outer);
   t.v_head = p.v_cache + t.head * p.v_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.v_outer);
   const Loader<C> loader(t.lane);
-  const bool rotates = p.rotary.cos != nullptr;
+  wait_for_prerequisites();
+  Length length, padding;
+  length.load(p.cache_seqlens, t.b, t.lane * p.zero);
+  if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
+  const bool rotates = !C::kPlain && p.rotary.cos != nullptr;
+  char *ring = shared + t.warp * C::kWarpBytes;
+  if constexpr (C::kPlain) {  // rows below the capacity exist: the first tile is loaded whatever the length
+    t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + kTile - 1) / kTile;
+    Place<C> place;
+    place.find(p, t, t.first);
+    if (t.first < t.tile_end) {
+      loader.load_k(p, t, place, t.first, shared_address(ring));
+      loader.load_v(p, t, place, t.first, shared_address(ring));
+    }
+  }
   Queries<C> queries;
   if (!rotates) queries.load(p, t);
 
   bool valid = divide(p, length, padding, &t);
   valid = __shfl_sync(~0u, valid, 0);
   t.make_uniform();
-  const bool appends = valid && t.rank == t.cluster - 1 && p.k != nullptr;
-  char *ring = shared + t.warp * C::kWarpBytes;
-  const Work<C> work(t, appends);
+  const bool appends = valid && p.k != nullptr;
+  const Work<C> work(p, t, appends);
   Place<C> place[C::kStages], ahead;
 #pragma unroll
-  for (int s = 0; s < C::kStages; ++s) place[s].find(p, t, work.first + s * C::kWarps);
+  for (int s = C::kPlain; s < C::kStages; ++s) place[s].find(p, t, work.first + s * work.stride);
   ahead.find(p, t, work.tile(C::kStages));
 #pragma unroll
   for (int s = 0; s < C::kStages; ++s) {
-    const int tile = work.first + s * C::kWarps;
+    const int tile = work.first + s * work.stride;
     const uint32_t stage = shared_address(ring) + s * C::kStageBytes;
-    if (tile < t.tile_end && s != work.new_at) {
+    if (tile < t.tile_end && s != work.new_at && s >= C::kPlain) {
       loader.load_k(p, t, place[s], tile, stage);
       loader.load_v(p, t, place[s], tile, stage);
     }
     if (s < C::kStages - 1) copy_async_commit();
   }
-  if (work.has_new) {
+  if (!C::kPlain && work.has_new) {
     const int offset = work.new_at * C::kStageBytes;
     load_new_keys(p, t, loader, shared_address(ring) + offset, ring + offset);
   }
@@ -128,9 +150,11 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   Sums<C> sums;
   sums.clear();
   attend(p, t, loader, work, queries, ahead, ring, &sums);
+  launch_dependents();  // not sooner: the next kernel's blocks would take the room of ours that have not begun
 
+  if constexpr (C::kPlain) copy_async_wait<0>();  // for a first tile that nobody wanted
   __syncwarp();
-  sums.store(t, ring);
+  sums.store(p, t, ring);
   __syncthreads();
   if (t.cluster > 1) cluster_wait();
   if (valid) {
@@ -141,12 +165,8 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
       __syncthreads();
     }
   }
-  const char *parts = shared + C::kParts, *scales = parts + p.slots * t.cluster * 128;
-  for (int slot = t.warp; slot < t.slots(p); slot += C::kWarps) {
-    finish_unit<T, C::kSlices>(p, t.b, t.head, slot * t.cluster + t.rank, t.lane, valid, t.cluster,
-                               reinterpret_cast<const float4 *>(parts) + slot * t.cluster * 8,
-                               reinterpret_cast<const float2 *>(scales) + slot * t.cluster);
-  }
+#pragma unroll 1
+  for (int slot = t.warp; slot < t.slots(p); slot += C::kWarps) finish_unit(p, t, slot, valid, shared);
 #endif
 }
 

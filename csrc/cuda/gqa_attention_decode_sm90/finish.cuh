@@ -14,6 +14,7 @@ namespace gqa::cuda::decode_sm90 {
 template <typename C, typename Emit>
 __device__ void join_warps(const Args &p, const char *shared, Emit &&emit) {
   constexpr int kQuads = C::kDim / 4;
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.rows * kQuads; i += C::kThreads) {
     const int row = i / kQuads, quad = i % kQuads;
     float2 scales[C::kWarps];
@@ -62,23 +63,46 @@ __device__ __forceinline__ float load_sink(const Args &p, int head, bool half) {
                         : __bfloat162float(static_cast<const __nv_bfloat16 *>(p.sinks)[head]));
 }
 
-// Joins the `sources` parts of a unit and writes it out, one warp.
-template <typename T, int kSlices>
-__device__ void finish_unit(const Args &p, int b, int kv_head, int unit, int lane, bool valid, int sources,
-                            const float4 *parts, const float2 *scales) {
-  const int row = unit / kSlices, slice = unit % kSlices, token = token_of_row(p, row);
-  const int head = kv_head * p.group + row - token * p.group;
+// Writes four dimensions of a row of the output, from `d` on, out of sums that a sink may still join.
+template <typename C>
+__device__ void write_quad(const Args &p, const Block<C> &t, bool valid, int row, int d, float4 o, float top,
+                           float sum) {
+  using T = typename C::T;
+  const int token = C::kPlain ? 0 : token_of_row(p, row), head = t.head * p.group + row - token * p.group;
+  if (p.sinks != nullptr) {
+    const float sink = load_sink(p, head, std::is_same_v<T, __half>), highest = fmaxf(top, sink);
+    const float base = highest == minus_infinity() ? 0.0f : highest, factor = exp2_fast(top - base);
+    o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor;
+    sum = sum * factor + exp2_fast(sink - base);
+    top = highest;
+  }
+  float scale = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+  if (!valid) scale = sum = __int_as_float(0x7fc00000);
+  char *to = p.out + t.b * p.out_stride[0] + token * p.out_stride[1] + head * p.out_stride[2] + 2 * d;
+  *reinterpret_cast<uint2 *>(to) = make_uint2(pack<T>(o.x * scale, o.y * scale), pack<T>(o.z * scale, o.w * scale));
+  if (p.lse != nullptr && d == 0) {
+    p.lse[(static_cast<int64_t>(t.b) * p.num_q_heads + head) * p.seqlen_q + token] =
+        sum == 0.0f ? minus_infinity() : (top + log2f(sum)) * kLn2;
+  }
+}
+
+// Joins the parts of a unit that the blocks of the cluster sent and writes it out, one warp.
+template <typename C>
+__device__ void finish_unit(const Args &p, const Block<C> &t, int slot, bool valid, const char *shared) {
+  const auto *parts = reinterpret_cast<const float4 *>(shared + C::kParts) + slot * t.cluster * 8;
+  const auto *scales =
+      reinterpret_cast<const float2 *>(shared + C::kParts + p.slots * t.cluster * 128) + slot * t.cluster;
+  const int unit = slot * t.cluster + t.rank, first = t.lane / 8, quad = t.lane % 8;
   float4 o = make_float4(0, 0, 0, 0);
-  float sum = 0, top = load_sink(p, head, std::is_same_v<T, __half>);
-  const float sink = top;
+  float sum = 0, top = minus_infinity();
   if (valid) {
-    const int first = lane / 8, quad = lane % 8;
-    for (int i = first; i < sources; i += 4) top = fmaxf(top, scales[i].x);
+#pragma unroll 1
+    for (int i = first; i < t.cluster; i += 4) top = fmaxf(top, scales[i].x);
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 8));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 16));
     const float base = top == minus_infinity() ? 0.0f : top;
-#pragma unroll 4
-    for (int i = first; i < sources; i += 4) {
+#pragma unroll 1
+    for (int i = first; i < t.cluster; i += 4) {
       const float factor = exp2_fast(scales[i].x - base);
       const float4 x = parts[i * 8 + quad];
       o.x += factor * x.x, o.y += factor * x.y, o.z += factor * x.z, o.w += factor * x.w;
@@ -90,21 +114,8 @@ __device__ void finish_unit(const Args &p, int b, int kv_head, int unit, int lan
       o.z += __shfl_xor_sync(~0u, o.z, step), o.w += __shfl_xor_sync(~0u, o.w, step);
       sum += __shfl_xor_sync(~0u, sum, step);
     }
-    sum += exp2_fast(sink - base);
-  } else {
-    sum = __int_as_float(0x7fc00000);
-    o = make_float4(sum, sum, sum, sum);
   }
-  const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;
-  const int d = 32 * slice + 4 * lane;
-  if (lane < 8) {
-    char *to = p.out + b * p.out_stride[0] + token * p.out_stride[1] + head * p.out_stride[2] + 2 * d;
-    *reinterpret_cast<uint2 *>(to) = make_uint2(pack<T>(o.x * scale, o.y * scale), pack<T>(o.z * scale, o.w * scale));
-  }
-  if (p.lse != nullptr && slice == 0 && lane == 0) {
-    p.lse[(static_cast<int64_t>(b) * p.num_q_heads + head) * p.seqlen_q + token] =
-        sum == 0.0f ? minus_infinity() : (top + log2f(sum)) * kLn2;
-  }
+  if (first == 0) write_quad(p, t, valid, unit / C::kSlices, 32 * (unit % C::kSlices) + 4 * quad, o, top, sum);
 }
 
 }  // namespace gqa::cuda::decode_sm90

@@ -1,15 +1,15 @@
 // Launches the instances of decode_ring of one dtype and width. Included by one small file each.
 #pragma once
 
-#include "cuda/common/launch.cuh"
+#include "cuda/common/programmatic_launch.cuh"
 #include "cuda/gqa_attention_decode_sm90/decode_ring.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
-template <typename T, int kShape, DecodeCache kCache>
+template <typename T, int kShape, DecodeCache kCache, bool kPlain>
 gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   constexpr DecodeShape kIs = kDecodeShapes[kShape];
-  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.row_tiles, kCache>;
+  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.row_tiles, kCache, kPlain>;
   constexpr auto kKernel = &decode_ring<C, kIs.resident>;
   const auto *function = reinterpret_cast<const void *>(kKernel);
   log_launch(plan);
@@ -18,17 +18,25 @@ gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_
   if (plan.num_splits > 8) {
     GQA_RETURN_IF_ERROR(check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
   }
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(plan.num_splits), 1, 1};
+  cudaLaunchAttribute attributes[2] = {{}, programmatic_attribute()};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(plan.num_splits), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.grid[0], plan.grid[1], plan.grid[2]);
   config.blockDim = dim3(plan.block[0]);
   config.dynamicSmemBytes = plan.shared_memory;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return check_cuda(cudaLaunchKernelEx(&config, kKernel, args));
+}
+
+template <typename T, int kShape, DecodeCache kCache>
+gqa_status launch_cache(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
+  if constexpr (kCache != DecodeCache::kAny) {
+    if (decode.plain) return launch_instance<T, kShape, kCache, true>(args, plan, stream);
+  }
+  return launch_instance<T, kShape, kCache, false>(args, plan, stream);
 }
 
 template <typename T, int kDim, int kShape = 0>
@@ -40,9 +48,10 @@ gqa_status launch_width(const DecodePlan &decode, const Args &args, const gqa_la
   } else {
     if (decode.shape != kShape) return launch_width<T, kDim, kShape + 1>(decode, args, plan, stream);
     switch (decode.cache) {
-      case DecodeCache::kContiguous: return launch_instance<T, kShape, DecodeCache::kContiguous>(args, plan, stream);
-      case DecodeCache::kPaged: return launch_instance<T, kShape, DecodeCache::kPaged>(args, plan, stream);
-      case DecodeCache::kAny: return launch_instance<T, kShape, DecodeCache::kAny>(args, plan, stream);
+      case DecodeCache::kContiguous:
+        return launch_cache<T, kShape, DecodeCache::kContiguous>(decode, args, plan, stream);
+      case DecodeCache::kPaged: return launch_cache<T, kShape, DecodeCache::kPaged>(decode, args, plan, stream);
+      case DecodeCache::kAny: return launch_cache<T, kShape, DecodeCache::kAny>(decode, args, plan, stream);
     }
     return GQA_STATUS_UNSUPPORTED;
   }

@@ -3,7 +3,7 @@
 
 #include "cuda/common/async_copy.cuh"
 #include "cuda/common/mma.cuh"
-#include "cuda/gqa_attention_decode_sm90/block.cuh"
+#include "cuda/gqa_attention_decode_sm90/queries.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -12,38 +12,6 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
 }
-
-// Query rows as the second operand: row 8 n + r, dimensions 16 d + 2 c and 16 d + 8 + 2 c, two of each.
-template <typename C>
-struct Queries {
-  uint32_t x[C::kRowTiles][C::kDim / 16][2];
-
-  __device__ static const char *row_at(const Args &p, const Block<C> &t, int row) {
-    const int token = token_of_row(p, row);
-    return p.q + t.b * p.q_batch + token * p.q_token +
-           (static_cast<int64_t>(t.head) * p.group + row - token * p.group) * p.q_head;
-  }
-  // Rows past the last repeat it: what comes of them is not used.
-  __device__ void load(const Args &p, const Block<C> &t) {
-#pragma unroll
-    for (int n = 0; n < C::kRowTiles; ++n) {
-      const char *row = row_at(p, t, min(8 * n + t.r, p.rows - 1));
-#pragma unroll
-      for (int e = 0; e < C::kDim / 8; ++e) {
-        const int d = 8 * e + 2 * t.c;
-        x[n][e / 2][e % 2] = *reinterpret_cast<const uint32_t *>(row + 2 * d);
-      }
-    }
-  }
-  __device__ void load_staged(const Args &p, const Block<C> &t, const typename C::T *staged) {
-#pragma unroll
-    for (int n = 0; n < C::kRowTiles; ++n) {
-      const typename C::T *row = staged + min(8 * n + t.r, p.rows - 1) * C::kQueryPitch + 2 * t.c;
-#pragma unroll
-      for (int e = 0; e < C::kDim / 8; ++e) x[n][e / 2][e % 2] = *reinterpret_cast<const uint32_t *>(row + 8 * e);
-    }
-  }
-};
 
 template <typename C>
 struct Sums {
@@ -84,7 +52,7 @@ struct Sums {
       for (int e = 0; e < 4; ++e) {
         // Rounded, never part of an FMA below: huge scores have to meet their own maximum.
         s[n][e] = __fmul_rn(s[n][e] + odd[n][e], p.scale);
-        if (p.softcap > 0) s[n][e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[n][e]));
+        if (!C::kPlain && p.softcap > 0) s[n][e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[n][e]));
       }
       if (edge) mask(p, t, n, key, end, s[n]);
       float factor[2];
@@ -110,20 +78,22 @@ struct Sums {
 
   // Whether some token does not see some of the 16 keys.
   __device__ static bool is_edge(const Args &p, const Block<C> &t, int key, int end) {
+    if constexpr (C::kPlain) return key + kTile > end;
     return key < t.keys.low(p.seqlen_q - 1) || key + kTile > min(t.keys.high(0), end);
   }
   __device__ static void mask(const Args &p, const Block<C> &t, int n, int key, int end, float (&s)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int token = token_of_row(p, 8 * n + 2 * t.c + e % 2), at = key + t.r + e / 2 * 8;
-      if (at < t.keys.low(token) || at >= min(t.keys.high(token), end)) s[e] = minus_infinity();
+      const int token = C::kPlain ? 0 : token_of_row(p, 8 * n + 2 * t.c + e % 2), at = key + t.r + e / 2 * 8;
+      const bool seen = C::kPlain ? at < end : at >= t.keys.low(token) && at < min(t.keys.high(token), end);
+      if (!seen) s[e] = minus_infinity();
     }
   }
 
   __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end,
                       const uint32_t (&weights)[C::kRowTiles][2]) {
     const uint32_t at = tile + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
-    if ((p.seqlen_q > 1 || end > t.row_high) && is_edge(p, t, key, end)) {
+    if (!C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && is_edge(p, t, key, end)) {
       add_edge(p, t, at, key, end, weights);
       return;
     }
@@ -173,7 +143,7 @@ struct Sums {
   }
 
   // Leaves sums, maxima and weights where the block joins those of its warps.
-  __device__ void store(const Block<C> &t, char *warp_shared) {
+  __device__ void store(const Args &p, const Block<C> &t, char *warp_shared) {
     auto *rows = reinterpret_cast<float *>(warp_shared);
     auto *scales = reinterpret_cast<float2 *>(warp_shared + C::kWeights);
 #pragma unroll
@@ -183,6 +153,7 @@ struct Sums {
         const int row = 8 * n + 2 * t.c + e;
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) sum[n][e] += __shfl_xor_sync(~0u, sum[n][e], step);
+        if (row >= p.rows) continue;
         if (t.r == 0) scales[row] = make_float2(max[n][e], sum[n][e]);
 #pragma unroll
         for (int d = 0; d < C::kDim / 16; ++d) {

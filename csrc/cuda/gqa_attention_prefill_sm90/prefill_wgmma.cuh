@@ -1,250 +1,78 @@
-// softmax(q k^T * scale) v of dense prompts on Hopper: TMA loads, wgmma products, one warpgroup loading for the others.
+// softmax(q k^T * scale) v of prompts on Hopper: TMA loads, wgmma products, one warpgroup loading for the others.
 // A block walks over tiles of kRows queries of one head; each computing warpgroup has 64 of the rows, and scores,
 // weights and sums of values in registers. Turns: while one warpgroup is in its softmax the other one's products run.
 // Memory order: q and the last block of keys, then keys one block ahead of values, from the last block to the first.
-// Limits: 16-bit types, head_dim the tile's, 16-byte aligned rows, lengths below 2^30, scale > 0. Values that a row
-// does not see must be finite. Determinism: fixed order, no atomics.
+// Limits: 16-bit types, head_dim at most the tile's, 16-byte aligned rows, lengths below 2^30, scale > 0. Determinism:
+// fixed order, no atomics; a row's bytes depend on its own keys and its place in the tile alone.
 #pragma once
 
-#include "cuda/common/mbarrier.cuh"
-#include "cuda/common/mma.cuh"
-#include "cuda/common/tma.cuh"
 #include "cuda/common/wgmma.cuh"
+#include "cuda/gqa_attention/args.cuh"
+#include "cuda/gqa_attention_prefill_sm90/load.cuh"
+#include "cuda/gqa_attention_prefill_sm90/softmax.cuh"
 
 namespace gqa::cuda::prefill_sm90 {
-
-template <int kDim_, int kKeys_, int kGroups_>
-struct PrefillTile {
-  static constexpr int kDim = kDim_, kKeys = kKeys_;
-  static constexpr int kGroups = kGroups_;  // computing warpgroups
-  static constexpr int kStages = 2;         // blocks of keys, and of values, on their way
-  static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  static constexpr int kLoaderRegisters = kGroups == 2 ? 24 : 32, kRegisters = kGroups == 2 ? 240 : 160;
-  static constexpr uint32_t kQueryBytes = 2 * kRows * kDim, kBlockBytes = 2 * kKeys * kDim;
-  static constexpr uint32_t kQueryPanel = 128 * kRows, kKeyPanel = 128 * kKeys;
-  static constexpr uint32_t kKeysAt = kQueryBytes, kValuesAt = kKeysAt + kStages * kBlockBytes;
-  static constexpr uint32_t kBarriersAt = kValuesAt + kStages * kBlockBytes;
-  static constexpr int kSharedMemory = kBarriersAt + 8 * (2 + 4 * kStages);
-  static_assert(kQueryBytes % 1024 == 0 && kKeyPanel % 1024 == 0, "the swizzle repeats every 1024 bytes");
-};
-
-struct PrefillArgs {
-  void *out;
-  float *lse;  // [batch, heads, queries] or nullptr
-  int64_t out_stride[3];
-  int32_t queries, keys, heads, group;
-  int32_t row_tiles;  // of one head
-  int32_t tiles;
-  int32_t all_heads;  // batch * heads
-  int32_t section;    // heads whose keys and values stay in L2 together
-  int32_t causal;
-  float multiplier;  // of scores, to log2 units
-};
-
-// Full and empty barriers of q and of both rings.
-template <typename Tile>
-struct PrefillBarriers {
-  uint32_t base;
-
-  __device__ uint32_t query_full() const { return base; }
-  __device__ uint32_t query_empty() const { return base + 8; }
-  __device__ uint32_t key_full(uint32_t stage) const { return base + 16 + 8 * stage; }
-  __device__ uint32_t key_empty(uint32_t stage) const { return key_full(stage) + 8 * Tile::kStages; }
-  __device__ uint32_t value_full(uint32_t stage) const { return key_full(stage) + 16 * Tile::kStages; }
-  __device__ uint32_t value_empty(uint32_t stage) const { return key_full(stage) + 24 * Tile::kStages; }
-
-  __device__ void init() const {
-    constexpr int kWarps = 4 * Tile::kGroups;
-    mbarrier_init(query_full(), 1);
-    mbarrier_init(query_empty(), kWarps);
-    for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
-      mbarrier_init(key_full(stage), 1);
-      mbarrier_init(key_empty(stage), kWarps);
-      mbarrier_init(value_full(stage), 1);
-      mbarrier_init(value_empty(stage), kWarps);
-    }
-    mbarrier_fence_init();
-  }
-};
-
-struct PrefillWork {
-  int row0, head, batch;
-  int blocks;  // of keys; at least one, which may be masked altogether
-};
-
-// Tiles of a section in order: most keys first, and of one height all heads, those of one KV head side by side. Blocks
-// take them to and fro, so that early long ones are made up for by late short ones. False after the last one.
-template <typename Tile>
-__device__ __forceinline__ bool find_work(const PrefillArgs &a, int round, PrefillWork &work) {
-  const int grid = gridDim.x, block = blockIdx.x;
-  const int tile = round * grid + (round % 2 == 0 ? block : grid - 1 - block);
-  if (tile >= a.tiles) return false;
-  const int section = tile / (a.section * a.row_tiles), within = tile - section * (a.section * a.row_tiles);
-  const int heads = min(a.section, a.all_heads - section * a.section);
-  const int head = section * a.section + within % heads;
-  work.row0 = (a.row_tiles - 1 - within / heads) * Tile::kRows;
-  work.batch = head / a.heads;
-  work.head = head - work.batch * a.heads;
-  const int end = min(work.row0 + Tile::kRows, a.queries);
-  const int seen = a.causal ? min(a.keys, end + a.keys - a.queries) : a.keys;
-  work.blocks = max(1, (seen + Tile::kKeys - 1) / Tile::kKeys);
-  return true;
-}
-
-// One thread that keeps the rings full.
-template <typename Tile>
-__device__ __forceinline__ void load_tiles(const PrefillArgs &a, const CUtensorMap &q, const CUtensorMap &k,
-                                           const CUtensorMap &v, uint32_t memory) {
-  const PrefillBarriers<Tile> barriers{memory + Tile::kBarriersAt};
-  RingPosition<Tile::kStages> key_at, value_at;
-  PrefillWork work;
-  for (int round = 0; find_work<Tile>(a, round, work); ++round) {
-    const int kv_head = work.head / a.group;
-    const auto load_keys = [&](int block) {
-      mbarrier_wait(barriers.key_empty(key_at.stage), key_at.parity ^ 1);
-      const uint32_t full = barriers.key_full(key_at.stage);
-      mbarrier_arrive_expect(full, Tile::kBlockBytes);
-      copy_tile(memory + Tile::kKeysAt + key_at.stage * Tile::kBlockBytes, k, full, block * Tile::kKeys, kv_head,
-                work.batch);
-      key_at.advance();
-    };
-    const auto load_values = [&](int block) {
-      mbarrier_wait(barriers.value_empty(value_at.stage), value_at.parity ^ 1);
-      const uint32_t full = barriers.value_full(value_at.stage);
-      mbarrier_arrive_expect(full, Tile::kBlockBytes);
-      copy_tile(memory + Tile::kValuesAt + value_at.stage * Tile::kBlockBytes, v, full, block * Tile::kKeys, kv_head,
-                work.batch);
-      value_at.advance();
-    };
-    mbarrier_wait(barriers.query_empty(), (round & 1) ^ 1);
-    mbarrier_arrive_expect(barriers.query_full(), Tile::kQueryBytes);
-    copy_tile(memory, q, barriers.query_full(), work.row0, work.head, work.batch);
-    load_keys(work.blocks - 1);
-    for (int block = work.blocks - 2; block >= 0; --block) {
-      load_keys(block);
-      load_values(block + 1);
-    }
-    load_values(0);
-  }
-}
 
 // Turns of the computing warpgroups at the tensor cores, in a circle; barrier 1 + g lets warpgroup g in.
 template <int kGroups>
 struct Turns {
-  uint32_t own, next;
+  int group;
 
-  __device__ explicit Turns(int group) : own(1 + group), next(1 + (group + 1) % kGroups) {
+  __device__ explicit Turns(int group_) : group(group_) {
     if (group == kGroups - 1) pass();
   }
-  __device__ __forceinline__ void wait() const { asm volatile("bar.sync %0, 256;" ::"r"(own) : "memory"); }
-  __device__ __forceinline__ void pass() const { asm volatile("bar.arrive %0, 256;" ::"r"(next) : "memory"); }
-};
-
-// The online softmax of a thread's two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
-struct PrefillSoftmax {
-  float highest[2] = {-INFINITY, -INFINITY};  // in log2 units; weights are relative to it
-  float sum[2] = {0, 0};                      // of this thread's columns
-  float factor[2] = {1, 1};                   // of what was summed up before the last weigh()
-
-  // Scores become weights. A thread's column i of a row is key 8 (i / 2) + i % 2 of the block; kMask: it is there only
-  // if that is less than end[row]. True where sums of values have to be multiplied by `factor`.
-  template <bool kMask, int kScores>
-  __device__ __forceinline__ bool weigh(float (&s)[kScores], float multiplier, const int (&end)[2]) {
-    if constexpr (kMask) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) s[i] = 8 * (i / 4) + i % 2 < end[i / 2 % 2] ? s[i] : -INFINITY;
-    }
-    float top[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      // Two chains: one alone is too slow.
-      float even = s[2 * row], odd = s[2 * row + 1];
-#pragma unroll
-      for (int i = 4 + 2 * row; i < kScores; i += 4) even = fmaxf(even, s[i]), odd = fmaxf(odd, s[i + 1]);
-      even = fmaxf(even, odd);
-      even = fmaxf(even, __shfl_xor_sync(0xffffffffu, even, 1));
-      even = fmaxf(even, __shfl_xor_sync(0xffffffffu, even, 2));
-      top[row] = fmaxf(highest[row], even * multiplier);
-    }
-    // A row's weights may grow to 2^8 before its sums are rescaled. Negated: also true of the first, infinite step.
-    const bool moved = !(top[0] - highest[0] <= 8.0f && top[1] - highest[1] <= 8.0f);
-    const bool rescale = __any_sync(0xffffffffu, moved);
-    if (rescale) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        // Each row by itself: its bytes do not depend on the rows beside it.
-        if (top[row] - highest[row] <= 8.0f) {
-          factor[row] = 1.0f;
-          continue;
-        }
-        factor[row] = exp2_fast(highest[row] - (top[row] == -INFINITY ? 0.0f : top[row]));
-        sum[row] *= factor[row];
-        highest[row] = top[row];
-      }
-    }
-    float base[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) base[row] = highest[row] == -INFINITY ? 0.0f : highest[row];
-    // In one FMA scores are exact while `highest` is rounded: the same factor for the whole row, unless it is so large
-    // that 2^error overflows. Then scores are rounded as `highest` was.
-    float scale[2] = {multiplier, multiplier};
-    const bool huge[2] = {fabsf(base[0]) > 0x1p26f, fabsf(base[1]) > 0x1p26f};
-    if (__any_sync(0xffffffffu, huge[0] || huge[1])) {
-#pragma unroll
-      for (int i = 0; i < kScores; ++i) {
-        if (huge[i / 2 % 2]) s[i] = __fmul_rn(s[i], multiplier);
-      }
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if (huge[row]) scale[row] = 1.0f;
-      }
-    }
-    float added[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      s[i] = exp2_fast(__fmaf_rn(s[i], scale[i / 2 % 2], -base[i / 2 % 2]));
-      added[i % 4] += s[i];
-    }
-    sum[0] += added[0] + added[1];
-    sum[1] += added[2] + added[3];
-    return rescale;
+  __device__ __forceinline__ void wait() const {
+    asm volatile("bar.sync %0, 256;" ::"r"(1 + afresh(group)) : "memory");
+  }
+  __device__ __forceinline__ void pass() const {
+    const int own = afresh(group);
+    asm volatile("bar.arrive %0, 256;" ::"r"(own == kGroups - 1 ? 1 : 2 + own) : "memory");
   }
 };
+
+// The first of a thread's two rows; the other is 8 below.
+__device__ __forceinline__ int first_row(const PrefillWork &work, int thread) {
+  return work.row0 + (thread / 32 - 4) * 16 + thread % 32 / 4;
+}
 
 template <typename T, typename Tile>
 struct PrefillRows {
   static constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys;
 
-  uint32_t q, k, v;  // descriptors of this warpgroup's rows and of the first stages
+  uint32_t q, k, v;  // descriptors of this warpgroup's rows, and of the blocks of keys and of values that are next
+  uint32_t keys_turn, values_turn;  // sums of the descriptors of both stages
   float out[kDim / 2];
   float scores[kKeys / 2];
   uint32_t weights[kKeys / 4];
 
   // Starts scores = q k^T.
-  __device__ __forceinline__ void start_scores(uint32_t stage) {
-    const uint32_t block = k + stage * (Tile::kBlockBytes / 16);
+  __device__ __forceinline__ void start_scores() {
     pin(scores);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
-      const uint32_t panel = step / 4, inside = step % 4 * 2;
-      Wgmma<T, kKeys>::score(scores, q + panel * (Tile::kQueryPanel / 16) + inside,
-                             block + panel * (Tile::kKeyPanel / 16) + inside, step > 0);
+      const uint32_t panel = 16 * step / Tile::kPanel, inside = 16 * step % Tile::kPanel / 8;
+      Wgmma<T, kKeys>::template score<Tile::kSwizzle>(scores, q + panel * (Tile::kQueryPanel / 16) + inside,
+                                                      k + panel * (Tile::kKeyPanel / 16) + inside, step > 0);
     }
     wgmma_commit();
+    k = keys_turn - k;
   }
 
-  // Starts out += weights v.
-  __device__ __forceinline__ void start_values(uint32_t stage) {
-    const uint32_t block = v + stage * (Tile::kBlockBytes / 16);
+  // Starts out += weights v; calls `pass` shortly before the end, so that the next warpgroup's products follow at once.
+  template <typename Pass>
+  __device__ __forceinline__ void start_values(Pass &&pass) {
     pin(out);
     pin(weights);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-      Wgmma<T, kDim>::weigh(out, weights + 4 * step, block + step * (16 * 128 / 16));
+      if (step == kKeys / 16 - Tile::kEarly) pass();
+      Wgmma<T, kDim>::template weigh<Tile::kSwizzle>(out, weights + 4 * step, v + step * Tile::kSwizzle);
     }
+    if (Tile::kEarly == 0) pass();
     wgmma_commit();
+    v = values_turn - v;
   }
 
   __device__ __forceinline__ void pack_weights() {
@@ -252,14 +80,78 @@ struct PrefillRows {
     for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
   }
 
+  // The warp's scores with a block of keys once more, from memory.
+  __device__ __forceinline__ void repeat_scores(const PrefillArgs &a, const PrefillWork &work, int row0, int block) {
+    const gqa_attention_params &p = a.p;
+    const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
+    const T *q = static_cast<const T *>(p.q) + work.q_batch * p.q_stride[0] +
+                 (work.q_start + min(row0, work.queries - 1)) * p.q_stride[1] + work.head * p.q_stride[2] + column;
+    const auto pair = [](const T *at) { return *reinterpret_cast<const uint32_t *>(at); };
+#pragma unroll 1
+    for (int n = 0; n < kKeys / 8; ++n) {
+      const T *k = key_row<T>(a, work, a.k, a.k_stride, block * kKeys + 8 * n + lane / 4) + column;
+      float four[4] = {0, 0, 0, 0};
+#pragma unroll 1
+      for (int d = 0; d < p.head_dim; d += 16) {
+        // Not kept in registers, which are short.
+        const int last = work.queries - 1, row = first_row(work, afresh(threadIdx.x));
+        const T *lower = q + d + (min(row + 8, last) - min(row, last)) * p.q_stride[1];
+        const bool both = d + 8 < p.head_dim;
+        const auto second = [&](const T *at) { return both ? pair(at + 8) : 0u; };
+        const uint32_t x[4] = {pair(q + d), pair(lower), second(q + d), second(lower)};
+        multiply_add<T>(four, x, pair(k + d), second(k + d));
+      }
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) scores[i] = i / 4 == n ? four[i % 4] : scores[i];
+    }
+  }
+
+  // Scores in log2 units, where a product with a positive number alone does not make them.
+  __device__ __forceinline__ void transform(const PrefillArgs &a) {
+    if (a.p.softcap > 0) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) scores[i] = a.after_tanh * tanh_fast(scores[i] * a.before_tanh);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) scores[i] *= a.before_tanh;
+    }
+  }
+
   __device__ __forceinline__ void scale_out(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < kDim / 2; ++i) out[i] *= factor[i / 2 % 2];
   }
 
+  // Values that the inspectors took out of blocks which not every row sees, into rows that see them: infinities and NaN
+  // are the same at any weight. From memory, as that is the exception.
+  __device__ __forceinline__ void add_care(const PrefillArgs &a, const PrefillWork &work, int row0) {
+    const int corner = threadIdx.x % 4;
+    const int begin[2] = {seen_begin(a, work, row0), seen_begin(a, work, row0 + 8)};
+    const int end[2] = {seen_end(a, work, row0), seen_end(a, work, row0 + 8)};
+    for (int block = work.first_block; block < work.end_block; ++block) {
+      if (block >= work.first_sure && block < work.end_sure) continue;
+      const int first = max(block * kKeys, work.first_key), last = min((block + 1) * kKeys, work.keys);
+      for (int key = first; key < last; ++key) {
+        const T *from = key_row<T>(a, work, a.v, a.v_stride, key) + 2 * corner;
+#pragma unroll
+        for (int n = 0; n < kDim / 8; ++n) {
+          if (8 * n >= a.p.head_dim) break;
+          const float2 pair = unpack<T>(*reinterpret_cast<const uint32_t *>(from + 8 * n));
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (key < begin[half] || key >= end[half]) continue;
+            if (!isfinite(pair.x)) out[4 * n + 2 * half] += pair.x;
+            if (!isfinite(pair.y)) out[4 * n + 2 * half + 1] += pair.y;
+          }
+        }
+      }
+    }
+  }
+
   // The four lanes of a row trade their columns so that each stores 16 bytes at once.
   __device__ __forceinline__ void store(const PrefillArgs &a, const PrefillWork &work, int row0,
                                         const PrefillSoftmax &softmax) {
+    const gqa_attention_params &p = a.p;
     const int lane = threadIdx.x % 32, corner = lane % 4;
     const bool odd = corner & 1, upper = corner & 2;
 #pragma unroll
@@ -267,11 +159,13 @@ struct PrefillRows {
       float sum = softmax.sum[half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      float scale = 1.0f, base = softmax.base[half];
+      if (p.sinks != nullptr) add_sink(p, work.head, base, sum, scale);
       const bool empty = sum == 0;
-      const float factor = 1.0f / sum;
+      const float factor = __fdividef(scale, sum);
       const int row = row0 + 8 * half;
-      T *to = static_cast<T *>(a.out) + work.batch * a.out_stride[0] + row * a.out_stride[1] +
-              work.head * a.out_stride[2] + 8 * corner;
+      T *to = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + row) * p.out_stride[1] +
+              work.head * p.out_stride[2] + 8 * corner;
 #pragma unroll
       for (int n = 0; n < kDim / 8; n += 4) {
         uint32_t x[4];
@@ -284,17 +178,29 @@ struct PrefillRows {
         trade<1>(x[2], x[3], odd);
         trade<2>(x[0], x[2], upper);
         trade<2>(x[1], x[3], upper);
-        if (row < a.queries) *reinterpret_cast<uint4 *>(to + 8 * n) = make_uint4(x[0], x[1], x[2], x[3]);
+        if (row < work.queries && 8 * (n + corner) < p.head_dim) {
+          *reinterpret_cast<uint4 *>(to + 8 * n) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
       }
-      if (a.lse != nullptr && corner == 0 && row < a.queries) {
-        constexpr float kLn2 = 0.693147180559945309f;
-        const int64_t at = (static_cast<int64_t>(work.batch) * a.heads + work.head) * a.queries + row;
-        a.lse[at] = empty ? -INFINITY : softmax.highest[half] * kLn2 + logf(sum);
+      if (p.lse != nullptr && corner == 0 && row < work.queries) {
+        p.lse[lse_at(p, work, row)] = empty ? -INFINITY : base * kLn2 + logf(sum);
       }
     }
   }
 
  private:
+  // One more weight of the row; what was summed up before is multiplied by `scale`.
+  __device__ __forceinline__ static void add_sink(const gqa_attention_params &p, int head, float &base, float &sum,
+                                                  float &scale) {
+    const bool wide = p.sinks_dtype == GQA_DTYPE_FLOAT32;
+    const float logit =
+        wide ? static_cast<const float *>(p.sinks)[head] : to_float(static_cast<const T *>(p.sinks)[head]);
+    const float sink = logit * kLog2e, together = fmaxf(base, sink), from = together == -INFINITY ? 0.0f : together;
+    scale = exp2f(base - from);
+    sum = sum * scale + exp2f(sink - from);
+    base = together;
+  }
+
   // The lane without `second` gives its y for the other one's x.
   template <int kDistance>
   __device__ __forceinline__ static void trade(uint32_t &x, uint32_t &y, bool second) {
@@ -303,9 +209,28 @@ struct PrefillRows {
   }
 };
 
+// Rows that attend to nothing: NaN in a sequence with unsound lengths, which may have more rows than it has tiles,
+// zeros in those of no sequence.
+template <typename T, typename Tile>
+__device__ __forceinline__ void fill_tile(const PrefillArgs &a, const PrefillWork &work, int warp) {
+  const gqa_attention_params &p = a.p;
+  const bool zeros = work.task == PrefillTask::kZeros;
+  const float nan = __int_as_float(0x7fffffff);
+  const int lane = threadIdx.x % 32;
+  for (int first = work.row0; first < work.queries; first += a.row_tiles * Tile::kRows) {
+    for (int row = first + warp; row < min(first + Tile::kRows, work.queries); row += 4 * Tile::kGroups) {
+      T *out = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + row) * p.out_stride[1] +
+               work.head * p.out_stride[2];
+      for (int d = lane; d < p.head_dim; d += 32) out[d] = from_float<T>(zeros ? 0.0f : nan);
+      if (lane == 0 && p.lse != nullptr) p.lse[lse_at(p, work, row)] = zeros ? -INFINITY : nan;
+    }
+  }
+}
+
 // A computing warpgroup: its 64 rows of every tile.
 template <typename T, typename Tile>
-__device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memory, int group) {
+__device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memory, const PrefillWork *shared_work,
+                                             int group) {
   const PrefillBarriers<Tile> barriers{memory + Tile::kBarriersAt};
   const Turns<Tile::kGroups> turns(group);
   const int lane = threadIdx.x % 32;
@@ -313,74 +238,99 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
     if (lane == 0) mbarrier_arrive(barrier);
   };
   PrefillRows<T, Tile> rows;
-  rows.q = tile_descriptor(memory + group * 64 * 128, 16);
+  rows.q = tile_descriptor(memory + group * 64 * Tile::kSwizzle, 16);
   rows.k = tile_descriptor(memory + Tile::kKeysAt, 16);
   rows.v = tile_descriptor(memory + Tile::kValuesAt, Tile::kKeyPanel);
-  RingPosition<Tile::kStages> key_at, value_at;
-  PrefillWork work;
-  for (int round = 0; find_work<Tile>(a, round, work); ++round) {
-    const int first = work.row0 + 64 * group, row0 = first + threadIdx.x % 128 / 32 * 16 + lane / 4;
-    const int past = a.keys - a.queries + 1;
-    // Keys [0, end) are seen by the row; blocks before `masked` by every row of the warpgroup.
-    const int row_end[2] = {a.causal ? min(a.keys, row0 + past) : a.keys,
-                            a.causal ? min(a.keys, row0 + 8 + past) : a.keys};
-    const int masked = (a.causal ? max(0, min(a.keys, first + past)) : a.keys) / Tile::kKeys;
+  rows.keys_turn = 2 * rows.k + Tile::kBlockBytes / 16;
+  rows.values_turn = 2 * rows.v + Tile::kBlockBytes / 16;
+  RingPosition<Tile::kStages> at;  // of the keys that come next; their values are at the same place of the other ring
+  for (int round = 0;; ++round) {
+    mbarrier_wait(barriers.query_full(), round & 1);
+    const PrefillWork &work = shared_work[round & 1];
+    if (work.task == PrefillTask::kDone) return;
+    if (work.task != PrefillTask::kAttend) {
+      fill_tile<T, Tile>(a, work, threadIdx.x / 32 - 4);
+      __syncwarp();
+      release(barriers.query_empty());
+      continue;
+    }
+    const auto row0 = [&] { return first_row(work, threadIdx.x); };
+    // Not every row of the warpgroup sees the block; or none after it may have been seen by its first row.
+    const auto is_cut = [&](int x) {
+      return x < work.first_sure || x >= max(0, seen_end(a, work, work.row0 + 64 * group) - 1) / Tile::kKeys;
+    };
+    int block = uniform(work.end_block) - 1;
     PrefillSoftmax softmax;
-    int block = work.blocks - 1;
-    const auto weigh = [&](auto mask) {
+    const auto hide_columns = [&] {
       const int column = block * Tile::kKeys + 2 * (lane % 4);
-      const int end[2] = {row_end[0] - column, row_end[1] - column};
-      return softmax.weigh<decltype(mask)::value>(rows.scores, a.multiplier, end);
+      const int row = row0();
+      const PrefillMask mask{{seen_begin(a, work, row) - column, seen_begin(a, work, row + 8) - column},
+                             {seen_end(a, work, row) - column, seen_end(a, work, row + 8) - column}};
+      hide(rows.scores, mask);
     };
 
-    mbarrier_wait(barriers.query_full(), round & 1);
-    mbarrier_wait(barriers.key_full(key_at.stage), key_at.parity);
+    mbarrier_wait(barriers.key_full(at.stage), at.parity);
     turns.wait();
-    rows.start_scores(key_at.stage);
+    rows.start_scores();
     turns.pass();
 #pragma unroll
     for (int i = 0; i < Tile::kDim / 2; ++i) rows.out[i] = 0;
     wgmma_wait<0>();
     pin(rows.scores);
-    release(barriers.key_empty(key_at.stage));
-    key_at.advance();
-    if (block == 0) release(barriers.query_empty());
-    weigh(std::true_type{});
+    release(barriers.key_empty(at.stage));
+    at.advance();
+    if (block == work.first_block) release(barriers.query_empty());
+    if (a.transforms) rows.transform(a);
+    hide_columns();
+    softmax.weigh_carefully(rows.scores, a.multiplier);
     rows.pack_weights();
 
     // Scores of this block and values of the one before it.
-    const auto step = [&](auto mask) {
-      mbarrier_wait(barriers.key_full(key_at.stage), key_at.parity);
+    const auto step = [&](auto masked) {
+      const RingPosition<Tile::kStages> before = at.before();
+      mbarrier_wait(barriers.key_full(at.stage), at.parity);
       turns.wait();
-      rows.start_scores(key_at.stage);
-      mbarrier_wait(barriers.value_full(value_at.stage), value_at.parity);
-      rows.start_values(value_at.stage);
-      turns.pass();
+      rows.start_scores();
+      mbarrier_wait(barriers.value_full(before.stage), before.parity);
+      rows.start_values([&] { turns.pass(); });
       wgmma_wait<1>();
       pin(rows.scores);
-      release(barriers.key_empty(key_at.stage));
-      key_at.advance();
-      if (block == 0) release(barriers.query_empty());
-      const bool rescale = weigh(mask);
+      release(barriers.key_empty(at.stage));
+      if (block == work.first_block) release(barriers.query_empty());
+      if (a.transforms) rows.transform(a);
+      bool rescale;
+      if constexpr (decltype(masked)::value) hide_columns();
+      if constexpr (decltype(masked)::value || !Tile::kQuick) {
+        rescale = softmax.weigh_carefully(rows.scores, a.multiplier);
+      } else {
+        rescale = softmax.weigh(rows.scores, a.multiplier, [&] {
+          rows.repeat_scores(a, work, row0(), block);
+          if (a.transforms) rows.transform(a);
+        });
+      }
       wgmma_wait<0>();
       pin(rows.out);
       pin(rows.weights);
-      release(barriers.value_empty(value_at.stage));
-      value_at.advance();
+      release(barriers.value_empty(before.stage));
+      at.advance();
       rows.pack_weights();
       if (rescale) rows.scale_out(softmax.factor);
     };
-    for (--block; block >= masked && block >= 0; --block) step(std::true_type{});
+    for (--block; block >= work.first_block;) {
 #pragma unroll 1
-    for (; block >= 0; --block) step(std::false_type{});
+      for (; block >= work.first_block && is_cut(block); --block) step(std::true_type{});
+#pragma unroll 1
+      for (; block >= work.first_sure; --block) step(std::false_type{});
+    }
 
-    mbarrier_wait(barriers.value_full(value_at.stage), value_at.parity);
-    rows.start_values(value_at.stage);
+    const RingPosition<Tile::kStages> before = at.before();
+    mbarrier_wait(barriers.value_full(before.stage), before.parity);
+    rows.start_values([] {});
     wgmma_wait<0>();
     pin(rows.out);
-    release(barriers.value_empty(value_at.stage));
-    value_at.advance();
-    rows.store(a, work, row0, softmax);
+    if (work.care) rows.add_care(a, work, row0());
+    release(barriers.value_empty(before.stage));
+    rows.store(a, work, row0(), softmax);
   }
 }
 
@@ -390,9 +340,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                   const __grid_constant__ CUtensorMap v, const __grid_constant__ PrefillArgs a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // the plan chooses it there only
   extern __shared__ __align__(1024) unsigned char shared_memory[];
-  const uint32_t memory = shared_address(shared_memory);
+  const uint32_t memory = uniform(shared_address(shared_memory));
+  PrefillWork *const work = reinterpret_cast<PrefillWork *>(shared_memory + Tile::kWorkAt);
   // The same in all lanes, and known to be: descriptors stay in uniform registers.
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warpgroup = uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     prefetch_map(q);
     prefetch_map(k);
@@ -402,10 +353,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     give_registers<Tile::kLoaderRegisters>();
-    if (threadIdx.x == 0) load_tiles<Tile>(a, q, k, v, memory);
+    const int warp = uniform(threadIdx.x / 32);
+    if (warp > 0) {
+      inspect_values<T, Tile>(shared_memory, memory, work, warp - 1);
+    } else if (threadIdx.x == 0) {
+      load_tiles<Tile>(a, q, k, v, memory, work);
+    }
   } else {
     take_registers<Tile::kRegisters>();
-    attend_tiles<T, Tile>(a, memory, warpgroup - 1);
+    attend_tiles<T, Tile>(a, memory, work, warpgroup - 1);
   }
 #endif
 }

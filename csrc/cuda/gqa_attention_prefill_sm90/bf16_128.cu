@@ -1,4 +1,0 @@
-// The instance of prefill_wgmma for bfloat16 and head_dim 128.
-#include "cuda/gqa_attention_prefill_sm90/launch.cuh"
-
-GQA_PREFILL_INSTANCE(__nv_bfloat16, 1, bf16_128)

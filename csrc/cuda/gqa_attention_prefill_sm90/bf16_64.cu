@@ -1,4 +1,0 @@
-// The instance of prefill_wgmma for bfloat16 and head_dim 64.
-#include "cuda/gqa_attention_prefill_sm90/launch.cuh"
-
-GQA_PREFILL_INSTANCE(__nv_bfloat16, 0, bf16_64)

@@ -1,4 +1,0 @@
-// The instance of prefill_wgmma for float16 and head_dim 64.
-#include "cuda/gqa_attention_prefill_sm90/launch.cuh"
-
-GQA_PREFILL_INSTANCE(__half, 0, f16_64)

@@ -1,0 +1,114 @@
+// The bins of the whole row: how the cluster sums its blocks' histograms, and what the sums answer.
+#pragma once
+
+#include "cuda/sample_sm90/cluster_shared.cuh"
+
+namespace gqa::cuda {
+
+// A row of the histogram. Threads start at different columns, so that they do not meet in one bank.
+__device__ __forceinline__ u64 sum_of_row(const uint32_t (&columns)[kColumns], uint32_t turn) {
+  const uint4 *cells = reinterpret_cast<const uint4 *>(columns);
+  u64 sum = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kColumns / 4; ++i) {
+    const uint4 cell = cells[(i + turn) % (kColumns / 4)];
+    sum += u64{cell.x} + cell.y + (u64{cell.z} + cell.w);
+  }
+  return sum;
+}
+
+// Each bin's sum goes to the block that sums its group, and as the least entry's what min-p keeps of its bin.
+// Leaves select's cells at zero.
+__device__ __forceinline__ void scatter_sums(const Exchange &exchange, uint32_t least_bin, Shared *shared,
+                                             Cells *cells) {
+  const uint32_t bin = threadIdx.x;
+  if (bin >= kBinEntries) return;
+  u64 sum = sum_of_row(cells->histogram[bin == kLeastEntry && least_bin < kBins ? least_bin : bin], bin);
+  if (bin == least_bin) sum += sum_of_row(cells->histogram[kLeastEntry], bin);
+  const uint32_t entries = kBinEntries >> exchange.log_blocks(), to = bin / kGroupBins * exchange.blocks / kGroups;
+  exchange.send(to, shared->slots + exchange.rank * entries + bin - to * entries, kScatter, sum);
+  meet<kBinEntries>(kSummed);
+  if (bin >= 2 * kDigits) return;
+  uint4 *row = reinterpret_cast<uint4 *>(cells->histogram[bin]);
+#pragma unroll
+  for (int i = 0; i < kColumns / 4; ++i) row[(i + bin) % (kColumns / 4)] = make_uint4(0, 0, 0, 0);
+}
+
+// One warp sums a group of bins over the blocks and tells all of them.
+__device__ __forceinline__ void gather_bins(const Exchange &exchange, uint32_t group, uint32_t groups, Shared *shared) {
+  exchange.receive(kScatter);
+  const bool holds = lane() < kGroupBins;
+  const uint32_t bin = (exchange.rank * groups + group) * kGroupBins + lane();
+  const u64 *slot = shared->slots + group * kGroupBins + lane();
+  u64 sum = 0;
+  if (holds) {
+#pragma unroll
+    for (uint32_t i = 0; i < kMaxBlocks; ++i) sum += i < exchange.blocks ? slot[i * groups * kGroupBins] : 0;
+  }
+  const bool is_bin = holds && bin < kBins;
+  const u64 sums = running_sum(is_bin ? sum : 0), masses = running_sum(is_bin ? bin_mass(sum, bin) : 0);
+  if (!holds) return;
+#pragma unroll 4
+  for (uint32_t to = 0; to < exchange.blocks; ++to) {
+    exchange.send(to, shared->bins + bin, kGather, sums, masses);
+    if (bin == kLeastEntry) exchange.send(to, shared->bins + kBinEntries, kGather, sum, u64{0});
+  }
+}
+
+// For one warp, once all groups of bins have arrived.
+class Bins {
+ public:
+  __device__ explicit Bins(const Shared *shared) : bins_(shared->bins) {}
+
+  __device__ __forceinline__ void add_up() {
+    const Running of_group = lane() < kGroups ? bins_[lane() * kGroupBins + kGroupBins - 1] : Running{0, 0};
+    groups_ = {running_sum<kGroups>(of_group.sum), running_sum<kGroups>(of_group.mass)};
+  }
+
+  __device__ uint64_t sum(uint32_t bin) const {
+    return bins_[bin].sum - (bin % kGroupBins == 0 ? 0 : bins_[bin - 1].sum);
+  }
+
+  // Of all bins before this one.
+  __device__ Running before(uint32_t bin) const {
+    const uint32_t group = bin / kGroupBins;
+    Running sums{__shfl_sync(kAll, groups_.sum, group - 1), __shfl_sync(kAll, groups_.mass, group - 1)};
+    if (group == 0) sums = {0, 0};
+    if (bin % kGroupBins == 0) return sums;
+    const Running of_group = bins_[bin - 1];
+    return {sums.sum + of_group.sum, sums.mass + of_group.mass};
+  }
+
+  // The first bin at which the running sum of m reaches need; kBins where none does.
+  __device__ Found find_sum(u64 need) const { return find(groups_.sum, &Running::sum, need); }
+
+  __device__ uint64_t mass_of(const Kept &kept) const {
+    if (kept.bin >= kBins) return __shfl_sync(kAll, groups_.mass, kGroups - 1);
+    return before(kept.bin).mass + bin_mass(kept.sum, kept.bin);
+  }
+
+  __device__ Found find_kept(const Kept &kept, uint64_t mass) const {
+    if (kept.bin < kBins) {
+      const uint64_t whole = before(kept.bin).mass;
+      if (mass > whole) return {kept.bin, whole};
+    }
+    return find(groups_.mass, &Running::mass, mass);
+  }
+
+ private:
+  __device__ Found find(u64 groups, u64 Running::*of, u64 need) const {
+    const uint32_t reached = __ballot_sync(kAll, lane() < kGroups && groups >= need);
+    if (reached == 0) return {kBins, 0};
+    const uint32_t group = __ffs(reached) - 1;
+    const u64 earlier = __shfl_sync(kAll, groups, group - 1), base = group == 0 ? 0 : earlier;
+    const u64 running = base + bins_[group * kGroupBins + min(lane(), kGroupBins - 1u)].*of;
+    const uint32_t at = __ffs(__ballot_sync(kAll, running >= need)) - 1;
+    const u64 below = __shfl_sync(kAll, running, at - 1);
+    return {group * kGroupBins + at, at == 0 ? base : below};
+  }
+
+  const Running *bins_;
+  Running groups_{};  // lane i has the totals of the groups up to the i-th
+};
+
+}  // namespace gqa::cuda
