@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from support.guard import Guard
 
 from gqa_kernels._library import C
+
+# References are large arrays by the thousand; given back and faulted in again, pages cost more than the arithmetic.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+if hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 NO_GPU = "no GPU"
 
