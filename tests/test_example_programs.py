@@ -1,4 +1,4 @@
-"""The C program of examples/, built against the installed library and run."""
+"""The C program and the Rust crate of examples/, built against the installed library and run."""
 
 from __future__ import annotations
 
@@ -54,3 +54,21 @@ def test_p21_c(tmp_path: Path) -> None:
         assert "launch attention_prefill: " in text and text.count("launch attention_decode: ") >= 5
     else:
         assert "cuda: skipped, " in text and "launch " not in text
+
+
+@pytest.mark.abi
+def test_p21_rust(tmp_path: Path) -> None:
+    need("cargo", "rustc", "cc")
+    folder = Path(shutil.copytree(EXAMPLES / "rust", tmp_path / "rust", ignore=shutil.ignore_patterns("target")))
+    text = run("cargo", "test", "--offline", "--locked", "--quiet", "--", "--nocapture", folder=folder)
+    assert "test result: FAILED" not in text and text.count("test result: ok. ") >= 2
+    assert agreements(text, "cpu") == 4
+    if ON_CUDA:
+        assert agreements(text, "cuda") == 1
+    else:
+        assert "cuda: skipped, " in text
+
+
+def test_rust_is_formatted() -> None:
+    need("cargo", "rustfmt")
+    run("cargo", "fmt", "--check", folder=EXAMPLES / "rust")
