@@ -51,7 +51,7 @@ def test_p21_c(tmp_path: Path) -> None:
     assert "old struct: struct_size is not the size" in text and "over 3: a size or setting is out of range" in text
     if ON_CUDA:
         assert agreements(text, "cuda") == 1
-        assert "launch attention_prefill: " in text and text.count("launch attention_decode: ") >= 5
+        assert "launch gqa_attention_prefill: " in text and text.count("launch gqa_attention_decode: ") >= 5
     else:
         assert "cuda: skipped, " in text and "launch " not in text
 
