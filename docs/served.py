@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 
 import gqa_kernels
+from gqa_kernels import hf
 from gqa_kernels.__main__ import examples
 from gqa_kernels.explain import H200
 
@@ -150,4 +151,6 @@ def support_tables() -> str:
     for shape, op, args, kwargs in examples():
         if not op.startswith("gqa_attention"):
             lines.append(f"| `{op}` {shape} | {op_dtypes(op, args, kwargs)} | {cells(op, args, kwargs)} |")
+    families = getattr(hf, "FAMILIES", ("llama",))  # one family before there is a table of them
+    lines += ["", f"`patch` serves models of these families of transformers: {', '.join(families)}."]
     return "\n".join(lines)
