@@ -1,4 +1,4 @@
-"""HuggingFace Llama on these kernels: ``patch(model)``, ``unpatch(model)``, ``with patched(model):``."""
+"""HuggingFace models on these kernels: ``patch(model)``, ``unpatch(model)``, ``with patched(model):``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ except ImportError as error:
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17):
     raise ImportError(f"gqa_kernels.patch needs transformers>=5.17, got {transformers.__version__}")
 
+from gqa_kernels.hf.families import FAMILIES, Family
 from gqa_kernels.hf.patching import patch, patched, unpatch
 from gqa_kernels.hf.report import ModuleReport, PatchReport
 
-__all__ = ["ModuleReport", "PatchReport", "patch", "patched", "unpatch"]
+__all__ = ["FAMILIES", "Family", "ModuleReport", "PatchReport", "patch", "patched", "unpatch"]
