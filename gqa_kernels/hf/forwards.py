@@ -23,6 +23,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = ("cpu", "cuda") if C.build_info()["cuda_archs"] else ("cpu",)
 
 
+def serves_device(device: torch.device) -> bool:
+    return device.type in _DEVICES
+
+
 def note(report: PatchReport, module: nn.Module, reason: str) -> None:
     if not torch.compiler.is_compiling():
         report.note_fallback(type(module).__name__, reason)
@@ -36,7 +40,7 @@ def unserved(module: nn.Module, tensor: Tensor) -> str | None:
     """What no kernel serves, whatever the op."""
     if _wants_grad(module, tensor):
         return "gradients are wanted, and these are inference kernels: call it under torch.no_grad()"
-    if tensor.device.type not in _DEVICES:
+    if not serves_device(tensor.device):
         return f"this build of gqa_kernels has no kernels for device {tensor.device.type}"
     if tensor.dtype not in DTYPES:
         return f"no kernel takes {tensor.dtype}"
