@@ -19,7 +19,8 @@ from gqa_kernels.hf import attention_function
 from gqa_kernels.hf.families import FAMILIES, Family
 from gqa_kernels.hf.patching import patch, patched, unpatch
 from gqa_kernels.hf.report import ModuleReport, PatchReport
+from gqa_kernels.hf.sampler import GqaSampler
 
-__all__ = ["FAMILIES", "Family", "ModuleReport", "PatchReport", "patch", "patched", "unpatch"]
+__all__ = ["FAMILIES", "Family", "GqaSampler", "ModuleReport", "PatchReport", "patch", "patched", "unpatch"]
 
 attention_function.register()
