@@ -58,6 +58,7 @@ def test_same_tokens(device: str, caplog: pytest.LogCaptureFixture, family: str,
     assert attention_calls(launches) >= LAYERS * 6
 
 
+@pytest.mark.abi
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family(device: str, family: str) -> None:
     """Right padding takes torch's attention, left padding the kernels: in one logged step, and to the same tokens."""

@@ -17,6 +17,7 @@ import gqa_kernels
 from gqa_kernels.hf.families import FAMILIES
 
 
+@pytest.mark.abi
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_same_tokens(device: str, family: str, situation: str) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from support.families import CONFIGS, LAYERS, WINDOW, make_model, shared_model
 from support.guard import same_bytes
-from support.llama import make_prompt
+from support.llama import make_prompt, positions_of
 from support.situations import generate
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 import gqa_kernels
 
@@ -134,6 +134,35 @@ def test_a_step_reads_what_is_filled(device: str, monkeypatch: pytest.MonkeyPatc
     assert seen == [(20, 400)] * LAYERS + [(21, 400)] * LAYERS
 
 
+@pytest.mark.parametrize("family", ["qwen2 sliding", "gemma2", "gpt_oss"])
+def test_a_step_beyond_the_window_reads_nothing_on_the_host(
+    device: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A padded batch, either cache, full windows: attention's lengths and padding stay on the device."""
+    model, inputs = shared_model(family, device), make_prompt(device, [WINDOW + 5, WINDOW + 2])
+    mask, token = inputs["attention_mask"], inputs["input_ids"][:, -1:]
+
+    def forbidden(*args: Any) -> Any:
+        raise AssertionError("a decode step read a tensor on the host")
+
+    with gqa_kernels.patched(model) as report, torch.no_grad():
+        for past in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=40)):
+            model(**inputs, position_ids=positions_of(mask), past_key_values=past)
+            layers = model.model.layers
+            longer = torch.cat([mask, torch.ones_like(token)], dim=1)
+            hidden = model.model.embed_tokens(token)
+            angles = model.model.rotary_emb(hidden, positions_of(longer)[:, -1:])
+            bounds = gqa_kernels.hf.masks.make_bounds(
+                model.config, longer, past, batch=2, queries=1, device=hidden.device, position_ids=None, use_cache=True
+            )
+            with monkeypatch.context() as patcher:
+                for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy"):
+                    patcher.setattr(torch.Tensor, name, forbidden)
+                for layer in layers:
+                    layer.self_attn(hidden, position_embeddings=angles, attention_mask=bounds, past_key_values=past)
+    assert not report.fallbacks
+
+
 def contents(model: nn.Module) -> dict[str, dict[str, int]]:
     """Every attribute of every module, as the identity of its object."""
     return {name: {key: id(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
@@ -168,6 +197,21 @@ def test_copies_and_files(tmp_path: Path, family: str) -> None:
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=model.config._attn_implementation)
     assert torch.equal(generate(loaded.eval(), prompt, max_new_tokens=4), expected)
+
+
+def test_the_shipped_checkpoint(device: str) -> None:
+    folder = Path(__file__).parents[1] / "examples" / "checkpoint"
+    if not folder.exists():
+        pytest.skip("the examples are not here")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    ids = torch.randint(3, model.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0)).to(device)
+    options = {"max_new_tokens": 64, "min_new_tokens": 64}
+    expected = generate(model, {"input_ids": ids}, **options)
+    with gqa_kernels.patched(model) as report:
+        assert torch.equal(generate(model, {"input_ids": ids}, **options), expected)
+    with_function = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="gqa_kernels").eval().to(device)
+    assert torch.equal(generate(with_function, {"input_ids": ids}, **options), expected)
+    assert not report.fallbacks and not report.left_alone
 
 
 def test_models_patched_differently_do_not_meet() -> None:
