@@ -73,6 +73,26 @@ def step_logits(model: PreTrainedModel, inputs: dict[str, Tensor], prompt: int =
     return torch.stack(steps, dim=1)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_autocast(device: str, family: str) -> None:
+    """Projections in bfloat16 between norms in float32: served or not, the same within bfloat16's rounding."""
+    model, inputs = shared_model(family, device), make_prompt(device, [24, 24])
+
+    def logits() -> Tensor:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            return model(**inputs).logits.float()
+
+    with torch.no_grad():
+        truth = model(**inputs).logits
+    expected = logits()
+    with gqa_kernels.patched(model):
+        actual = logits()
+    best, noise = expected.topk(2, dim=-1).values, (expected - truth).abs().amax(-1)
+    decided = best[..., 0] - best[..., 1] > 2 * noise
+    assert decided.any() and torch.equal(actual.argmax(-1)[decided], expected.argmax(-1)[decided])
+    assert float((actual - truth).abs().mean()) <= 2 * float((expected - truth).abs().mean())
+
+
 def test_longrope_beyond_its_switch(device: str) -> None:
     """The long factors, and tokens that cross from the short ones: there transformers begins a new cache."""
     model, inputs = make_model("phi3", device, **longrope(96, switch=24)), make_prompt(device, [40])
