@@ -49,8 +49,11 @@ def test_p13_behaves_as_the_layer_it_replaces(seed: int, kind: str) -> None:
         length, held = layer.get_seq_length(), layer.keys.shape[-2] if layer.get_seq_length() else 0
         if step == "update":
             new = states(batch, pick.choice([1, 1, 1, 2, 17, 90]))
-            results = [each.update(*new) for each in both]
-            assert all(same_bytes(a, b) for a, b in zip(*results))
+            ours, theirs = (each.update(*new) for each in both)
+            if recorded:  # older transformers give the recorded past too, and no mask covers it
+                assert ours[0].shape[-2] == min(held, window - 1) + new[0].shape[-2]
+                theirs = tuple(states[..., -ours[0].shape[-2] :, :] for states in theirs)
+            assert all(same_bytes(a, b) for a, b in zip(ours, theirs))
         elif step == "crop" and length > 1 and (kind == "full" or recorded or length < window):
             tokens = pick.randrange(1, min(length, max(held - window, 2)) if recorded and length >= window else length)
             for each in both:

@@ -11,7 +11,7 @@ from support.families import CONFIGS, LAYERS, longrope, make_model, shared_model
 from support.llama import attention_calls, make_prompt, positions_of
 from support.situations import SITUATIONS, expected_tokens, generate
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, Gemma2ForCausalLM, PreTrainedModel
 
 import gqa_kernels
 from gqa_kernels.hf.families import FAMILIES
@@ -73,6 +73,26 @@ def step_logits(model: PreTrainedModel, inputs: dict[str, Tensor], prompt: int =
     return torch.stack(steps, dim=1)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_autocast(device: str, family: str) -> None:
+    """Projections in bfloat16 between norms in float32: served or not, the same within bfloat16's rounding."""
+    model, inputs = shared_model(family, device), make_prompt(device, [24, 24])
+
+    def logits() -> Tensor:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            return model(**inputs).logits.float()
+
+    with torch.no_grad():
+        truth = model(**inputs).logits
+    expected = logits()
+    with gqa_kernels.patched(model):
+        actual = logits()
+    best, noise = expected.topk(2, dim=-1).values, (expected - truth).abs().amax(-1)
+    decided = best[..., 0] - best[..., 1] > 2 * noise
+    assert decided.any() and torch.equal(actual.argmax(-1)[decided], expected.argmax(-1)[decided])
+    assert float((actual - truth).abs().mean()) <= 2 * float((expected - truth).abs().mean())
+
+
 def test_longrope_beyond_its_switch(device: str) -> None:
     """The long factors, and tokens that cross from the short ones: there transformers begins a new cache."""
     model, inputs = make_model("phi3", device, **longrope(96, switch=24)), make_prompt(device, [40])
@@ -92,9 +112,11 @@ def test_every_family_is_tested() -> None:
 
 
 def test_softcap_is_that_of_the_implementation(device: str) -> None:
-    """transformers' sdpa leaves Gemma 2's softcap out; patched or not, the tokens are those of the implementation."""
+    """Where transformers offers Gemma 2 its sdpa, that leaves the softcap out; so does then a patched model."""
     inputs, logits = make_prompt(device, [19]), {}
     for implementation in ("eager", "sdpa"):
+        if implementation == "sdpa" and not Gemma2ForCausalLM._supports_sdpa:
+            return
         model = make_model("gemma2", device, attn_implementation=implementation, attn_logit_softcapping=2.0)
         with torch.no_grad():
             expected = model(**inputs).logits

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.families import CONFIGS, LAYERS, WINDOW, make_model, shared_model
 from support.guard import same_bytes
-from support.llama import make_prompt, positions_of
+from support.llama import attention_calls, make_prompt, positions_of
 from support.situations import generate
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
@@ -37,17 +37,24 @@ def static_steps(model: PreTrainedModel, ids: Tensor, prompt: int, step: Any) ->
     return torch.stack(logits, dim=1)
 
 
+@pytest.mark.parametrize("way", ["patch", "attention function"])
 @pytest.mark.parametrize("family", ["llama", "qwen2 sliding"])
-def test_compiled_steps(device: str, family: str) -> None:
+def test_compiled_steps(device: str, family: str, way: str) -> None:
     """One graph without a break; on a GPU replayed as a CUDA graph. Windows fill up on the way."""
-    model, ids = make_model(family, device), make_prompt(device, [WINDOW + 10])["input_ids"]
-    expected = static_steps(model, ids, WINDOW - 4, model)
+    model, ids = make_model(family, device), make_prompt(device, [WINDOW + 6])["input_ids"]
+    expected = static_steps(model, ids, WINDOW - 3, model)
     torch._dynamo.reset()
     options = {"backend": "aot_eager"} if device == "cpu" else {"mode": "reduce-overhead"}
-    with gqa_kernels.patched(model) as report:
-        compiled = torch.compile(model, fullgraph=True, **options)
-        actual = static_steps(model, ids, WINDOW - 4, compiled)
-    assert not report.fallbacks
+    if way == "patch":
+        report = gqa_kernels.patch(model)
+    else:
+        model.set_attn_implementation("gqa_kernels")
+    compiled = torch.compile(model, fullgraph=True, **options)
+    with gqa_kernels.record_launches() as launches:
+        actual = static_steps(model, ids, WINDOW - 3, compiled)
+    assert way != "patch" or not report.fallbacks
+    if device == "cpu" and (way == "patch" or family == "llama"):  # replayed graphs do not pass through the launchers
+        assert attention_calls(launches) == LAYERS * (ids.shape[1] - WINDOW + 4)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(actual.argmax(-1), expected.argmax(-1))
 

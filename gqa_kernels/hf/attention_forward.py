@@ -32,7 +32,7 @@ def attention_forward(
     reason = _call_unserved(module, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
     if reason is None:
         q, k, v = _project(module, family, hidden_states)
-        reason = _projections_unserved(module, q, k, v, position_embeddings, past_key_values)
+        reason = _projections_unserved(module, family, q, k, v, position_embeddings, past_key_values)
     if reason is not None:
         note(report, module, reason)
         if is_bounds(attention_mask):
@@ -93,13 +93,17 @@ def _project(module: Any, family: Family, hidden_states: Tensor) -> tuple[Tensor
 
 
 def _projections_unserved(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, position_embeddings: Any, past: Any
+    module: Any, family: Family, q: Tensor, k: Tensor, v: Tensor, position_embeddings: Any, past: Any
 ) -> str | None:
-    cos = position_embeddings[0]
+    cos, sinks = position_embeddings[0], sinks_of(family, module)
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return "its projections differ in dtype, or no kernel takes it"
     if cos.dtype not in (torch.float32, q.dtype) or cos.shape[-1] > module.head_dim:
         return "the rotary tables have another dtype or are wider than a head"
+    if family.qk_norm and not module.q_norm.weight.dtype == module.k_norm.weight.dtype == q.dtype:
+        return "the norms of its heads have another dtype than its projections"
+    if sinks is not None and sinks.dtype not in (torch.float32, q.dtype):
+        return "its sinks have another dtype than its projections"
     if past is not None and module.layer_idx < len(past.layers):
         cached = past.layers[module.layer_idx].keys
         if cached is not None and (cached.dtype != k.dtype or cached.device != k.device):
@@ -171,8 +175,7 @@ def _normed(
     """q and k through the norms of their heads, and the rotation that is left to do: none where the norms are nothing
     but norms, and one op does both."""
     norms = module.q_norm, module.k_norm
-    plain = all(is_plain(norm) and norm.weight.dtype == q.dtype for norm in norms)
-    if not plain or eps_of(norms[0]) != eps_of(norms[1]):
+    if not all(map(is_plain, norms)) or eps_of(norms[0]) != eps_of(norms[1]):
         return norms[0](q), norms[1](k), rotary
     weights = (norm.weight for norm in norms)
     q, k = gqa_kernels.qk_rmsnorm_rope(q, k, *weights, *rotary.values(), eps=eps_of(norms[0]), **norm_style(family))

@@ -99,9 +99,10 @@ def _left_padding(mask: Tensor | None, filled: int | Tensor, queries: int) -> tu
 
 
 def _same_rule(function: Any, rule: Any) -> bool:
-    """Whether two of transformers' mask functions say the same: one code, over equal captured values."""
-    if function is rule:
-        return True
+    """Whether two of transformers' mask functions say the same: one code, over equal captured values. A compiled model
+    cannot look into them, and knows the plain causal one alone."""
+    if function is rule or torch.compiler.is_compiling():
+        return function is rule
     if isinstance(function, FunctionType) and isinstance(rule, FunctionType):
         if function.__code__ is not rule.__code__:
             return False

@@ -99,7 +99,12 @@ class _Growing(DynamicLayer):
         keys[..., start : start + tokens, :] = key_states
         values[..., start : start + tokens, :] = value_states
         self.advance(tokens)
-        return keys[..., : start + tokens, :], values[..., : start + tokens, :]
+        seen = slice(self._first_seen(start), start + tokens)
+        return keys[..., seen, :], values[..., seen, :]
+
+    def _first_seen(self, rows: int) -> int:
+        """Which of the cached rows is the first that new queries are given."""
+        return 0
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         buffers, end, length = self._buffers, self._start + self.rows, self.get_seq_length()
@@ -114,6 +119,10 @@ class GrowingLayer(_Growing):
 
 class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):
     """A DynamicSlidingWindowLayer whose appends are written in place: its window moves along the buffers."""
+
+    def _first_seen(self, rows: int) -> int:
+        window: int = self.sliding_window
+        return max(rows - window + 1, 0)  # a layer that records its past holds more than its mask covers
 
     def advance(self, tokens: int) -> None:
         self.cumulative_length += tokens
