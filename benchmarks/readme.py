@@ -1,10 +1,17 @@
-"""``python -m benchmarks.readme`` writes the README's tables from benchmarks/results: no number is typed by hand."""
+"""``python -m benchmarks.readme`` writes the README's tables and picture and a notebook from the last run's results.
+
+No number is typed by hand.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,3 +78,5 @@ def replaced(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(replaced(README.read_text()))
+    picture.PICTURE.write_text(picture.render())
+    subprocess.run([sys.executable, ROOT / "examples/notebooks/execute.py", "04_benchmarks.ipynb"], check=True)
