@@ -120,7 +120,8 @@ def test_lengths_are_never_read(batch_invariant: bool) -> None:
 def test_batch_invariant_splits_do_not_depend_on_the_batch() -> None:
     counts = {splits(decode(batch, 8192, batch_invariant=True)) for batch in (1, 2, 5, 64, 300)}
     assert len(counts) == 1
-    assert len({splits(decode(batch, 8192)) for batch in (1, 2, 5, 64, 300)}) > 1
+    assert {cluster(decode(batch, 8192, batch_invariant=True)) for batch in (1, 64)} == counts
+    assert len({splits(decode(batch, 2048)) for batch in (1, 2, 5, 64, 300)}) > 1
 
 
 def test_given_splits_are_taken() -> None:

@@ -115,7 +115,7 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
   const DecodeShape &shape = kDecodeShapes[plan.shape];
   const int64_t cluster = find_cluster(p, device, shape, keys);
   plan.cluster = static_cast<int32_t>(cluster);
-  const int32_t tiles = p->batch_invariant || pairs(p) > 2 * device->num_sms ? 4 : (p->batch > 1 ? 2 : 1);
+  const int32_t tiles = p->batch_invariant ? 4 : (pairs(p) > 2 * device->num_sms ? 8 : 1);
   plan.share = tiles * shape.warps;
   if (!has_aligned_cache(p)) {
     plan.cache = DecodeCache::kAny;
