@@ -1,9 +1,10 @@
 // qk_rmsnorm_rope: each head of q and k normalised by its weight and rounded, then rotated: rope(rmsnorm(q),
-// rmsnorm(k)). Here what rope_dense.cuh does not serve. Vector kernel: x is the lanes of a head, a vector of 16 bytes each, y heads, z tokens. Scalar kernel: a
-// warp a head. Memory order: position, a vector with its weight, cos and sin, then out; the halves of a pair
-// meet by shuffle, in the scalar kernel in shared memory. Starts while the kernel before it ends. Limits: the scalar
-// kernel takes any head that fits its shared memory. Determinism: squares are summed in the order of square_sum.cuh and
-// the rotation rounds as rope's does, so the bytes are those of the two ops; in place equals out of place.
+// rmsnorm(k)). Here what rope_dense.cuh does not serve. Vector kernel: x is the lanes of a head, a vector of 16 bytes
+// each, y heads, z tokens. Scalar kernel: a warp a head. Memory order: position, a vector with its weight, cos and sin,
+// then out; the halves of a pair meet by shuffle, in the scalar kernel in shared memory. Starts while the kernel before
+// it ends. Limits: the scalar kernel takes any head that fits its shared memory. Determinism: squares are summed in the
+// order of square_sum.cuh and the rotation rounds as rope's does, so the bytes are those of the two ops; in place
+// equals out of place.
 #include "plan/qk_rmsnorm_rope.h"
 
 #include "cuda/common/rope_dense.cuh"

@@ -232,7 +232,7 @@ gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t st
                                     : norm_dense_rows<kVector, 2, true, kAdds<Params>, T>;
     return launch_programmatic_clusters(kernel, plan, v.cluster, stream, dense);
   }
-  auto *kernel = v.chunk != kVector   ? norm_dense_rows<kVector / 2, 2, false, kAdds<Params>, T>
+  auto *kernel = v.chunk != kVector ? norm_dense_rows<kVector / 2, 2, false, kAdds<Params>, T>
                  : v.held == kLight ? norm_dense_rows<kVector, kLight, false, kAdds<Params>, T>
                                     : norm_dense_rows<kVector, 2, false, kAdds<Params>, T>;
   return launch_programmatic(kernel, plan, stream, dense);

@@ -1,9 +1,9 @@
 // rope: rotates each head of q and k by the angles of its token; pairs are (i, i + dim / 2) or (2i, 2i + 1).
-// Here what rope_dense.cuh does not serve. A block is one token or a few: x walks a head by units of 1 or 16 bytes' worth of pairs, y heads, z tokens.
-// Memory order: position, then a head's unit with cos and sin, then the unit written. Starts while the kernel before it
-// ends. Limits: any head_dim, strides and alignment; what is not whole aligned 16-byte vectors takes the scalar
-// instance. Determinism: no reductions, each product rounds by itself; bitwise repeatable, in place equals out of
-// place.
+// Here what rope_dense.cuh does not serve. A block is one token or a few: x walks a head by units of 1 or 16 bytes'
+// worth of pairs, y heads, z tokens. Memory order: position, then a head's unit with cos and sin, then the unit
+// written. Starts while the kernel before it ends. Limits: any head_dim, strides and alignment; what is not whole
+// aligned 16-byte vectors takes the scalar instance. Determinism: no reductions, each product rounds by itself; bitwise
+// repeatable, in place equals out of place.
 #include "cuda/common/rope_dense.cuh"
 
 namespace gqa::cuda {

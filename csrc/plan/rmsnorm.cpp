@@ -59,7 +59,8 @@ template <typename Params>
 bool is_dense_norm(const Params &p) {
   bool dense = p.weight_dtype == p.dtype && is_dense(p, {p.x, p.x_stride}) && is_dense(p, {p.out, p.out_stride});
   if constexpr (std::is_same_v<Params, gqa_add_rmsnorm_params>) {
-    dense = dense && is_dense(p, {p.residual, p.residual_stride}) && is_dense(p, {p.residual_out, p.residual_out_stride});
+    dense =
+        dense && is_dense(p, {p.residual, p.residual_stride}) && is_dense(p, {p.residual_out, p.residual_out_stride});
   }
   return dense;
 }
@@ -80,8 +81,8 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
     while (x > 1 && x / 2 >= vectors) x /= 2;
     const int64_t y = std::max<int64_t>(32 / x, variant.few_rows ? 1 : kThreads / x);
     variant.held = 0;
-    add_launch(plan, make_launch(op, "norm_dense_narrow_rows", p.dtype, {ceil_div(rows, 2 * y)}, {x, y}, 0,
-                                 variant.encode()));
+    add_launch(
+        plan, make_launch(op, "norm_dense_narrow_rows", p.dtype, {ceil_div(rows, 2 * y)}, {x, y}, 0, variant.encode()));
     plan->reason = "a row without gaps fits the registers of one warp";
     return true;
   }

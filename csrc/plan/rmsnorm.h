@@ -32,8 +32,8 @@ struct NormVariant {
     return held | chunk << 4 | few_rows << 8 | past_cache << 9 | keeps << 10 | dense << 11 | cluster << 12;
   }
   static NormVariant decode(int32_t v) {
-    return {v & 15,           v >> 4 & 15,      (v >> 8 & 1) != 0, (v >> 9 & 1) != 0, (v >> 10 & 1) != 0,
-            (v >> 11 & 1) != 0, v >> 12 & 15};
+    return {v & 15,      v >> 4 & 15, (v >> 8 & 1) != 0, (v >> 9 & 1) != 0, (v >> 10 & 1) != 0, (v >> 11 & 1) != 0,
+            v >> 12 & 15};
   }
 };
 

@@ -39,10 +39,10 @@ DenseRope<T> dense_rope(const Params &p, const RopeVariant &variant) {
   d.num_q_heads = p.num_q_heads;
   d.heads = p.num_q_heads + (p.k != nullptr ? p.num_kv_heads : 0);
   d.head_dim = p.head_dim;
-  d.q_stride = static_cast<int32_t>(p.q_stride[1]);
-  d.k_stride = static_cast<int32_t>(p.k_stride[1]);
-  d.q_out_stride = static_cast<int32_t>(p.q_out_stride[1]);
-  d.k_out_stride = static_cast<int32_t>(p.k_out_stride[1]);
+  d.q_stride = static_cast<int32_t>(token_stride(p, p.q_stride));
+  d.k_stride = static_cast<int32_t>(token_stride(p, p.k_stride));
+  d.q_out_stride = static_cast<int32_t>(token_stride(p, p.q_out_stride));
+  d.k_out_stride = static_cast<int32_t>(token_stride(p, p.k_out_stride));
   d.q = static_cast<const T *>(p.q);
   d.k = static_cast<const T *>(p.k);
   d.q_out = static_cast<T *>(p.q_out);
@@ -106,14 +106,14 @@ __global__ void __launch_bounds__(320, rope_dense_blocks<W>()) rope_dense(const 
   have_ready(static_cast<int>(p.past_cache));
   if constexpr (kNorms) have_ready(p.eps);
   wait_for_prerequisites();
-  if (p.table_rows == 0 && active) {
-    const uint32_t b = static_cast<uint32_t>(token) / static_cast<uint32_t>(p.seqlen);
-    const int64_t s = token - static_cast<int64_t>(b) * p.seqlen, offset = rotary_offset(p.rotary, b, s, s);
-    angles = offset < 0 ? -1 : offset + pair;
-  }
   Vec<T> a{}, b{};
   if (active) a = load_vec(in);
   if (active) b = load_vec(in + high);
+  if (p.table_rows == 0 && active) {
+    const uint32_t batch = static_cast<uint32_t>(token) / static_cast<uint32_t>(p.seqlen);
+    const int64_t s = token - static_cast<int64_t>(batch) * p.seqlen, offset = rotary_offset(p.rotary, batch, s, s);
+    angles = offset < 0 ? -1 : offset + pair;
+  }
   const bool turns = active && angles >= 0;
   float cosine[N], sine[N];
 #ifdef LATE
@@ -126,27 +126,30 @@ __global__ void __launch_bounds__(320, rope_dense_blocks<W>()) rope_dense(const 
 #endif
   if constexpr (kNorms) {
     const W *weight = static_cast<const W *>(is_q ? p.q_weight : p.k_weight) + low;
-    Weights<T, W> of_a{}, of_b{};
-    if (active) of_a = load_weights<N, T>(weight, 0, N);
-    if (active) of_b = load_weights<N, T>(weight, high, high + N);
+    Weights<T, W> weight_a{}, weight_b{};
+    if (active) weight_a = load_weights<N, T>(weight, 0, N);
+    if (active) weight_b = load_weights<N, T>(weight, high, high + N);
     const float total = group_sum(square_sum(a) + square_sum(b), blockDim.x);
     const float rstd = reciprocal_rms(total, p.inverse_dim, p.eps);
-    a = scaled<T, W>(a, of_a, rstd, p);
-    b = scaled<T, W>(b, of_b, rstd, p);
+    a = scaled<T, W>(a, weight_a, rstd, p);
+    b = scaled<T, W>(b, weight_b, rstd, p);
 #ifdef LATE
   load_table<N, C>(p.cos, angles, turns, cosine);
   load_table<N, C>(p.sin, angles, turns, sine);
 #endif
   }
   if (!active) return;
+  Floats<T> of_a = widen(a), of_b = widen(b);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    T &x = !kInterleaved ? a.value[i] : 2 * i < N ? a.value[2 * i] : b.value[2 * i - N];
-    T &y = !kInterleaved ? b.value[i] : 2 * i < N ? a.value[2 * i + 1] : b.value[2 * i + 1 - N];
-    const Pair turned = rotate_pair(to_float(x), to_float(y), cosine[i], sine[i]);
-    x = from_float<T>(turned.first);
-    y = from_float<T>(turned.second);
+    float &x = !kInterleaved ? of_a.value[i] : 2 * i < N ? of_a.value[2 * i] : of_b.value[2 * i - N];
+    float &y = !kInterleaved ? of_b.value[i] : 2 * i < N ? of_a.value[2 * i + 1] : of_b.value[2 * i + 1 - N];
+    const Pair turned = rotate_pair(x, y, cosine[i], sine[i]);
+    x = turned.first;
+    y = turned.second;
   }
+  a = narrow(of_a);
+  b = narrow(of_b);
   if (angles < 0) {  // a position outside the table
 #pragma unroll
     for (int i = 0; i < N; ++i) a.value[i] = b.value[i] = from_float<T>(__int_as_float(0x7fc00000));
