@@ -1,10 +1,15 @@
-"""``python -m benchmarks.readme`` writes the README's tables from benchmarks/results: no number is typed by hand."""
+"""``python -m benchmarks.readme`` writes the README's tables and its picture from benchmarks/results.
+
+No number is typed by hand.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,3 +76,4 @@ def replaced(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(replaced(README.read_text()))
+    picture.PICTURE.write_text(picture.render())

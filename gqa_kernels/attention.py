@@ -49,6 +49,7 @@ def gqa_attention_prefill(
     batch_invariant: bool = False,
     return_lse: bool = False,
     workspace: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Attention:
     """Attention of many queries: softmax(q kᵀ · scale) v with grouped-query heads.
 
@@ -85,6 +86,8 @@ def gqa_attention_prefill(
         batch_invariant: on a GPU, a row's bytes do not depend on the batch around it.
         return_lse: also return the log-sum-exp.
         workspace: uint8 memory on q's device, of :func:`gqa_attention_prefill_workspace_size` bytes; None allocates it.
+        out: written and returned instead of a new tensor: contiguous, like q, aligned to 16 bytes, apart from the
+            other arguments in memory.
 
     Returns:
         out like q, contiguous; with ``return_lse`` ``(out, lse)``, lse float32 ``[B, Hq, Sq]`` or ``[Hq, tokens]``, the
@@ -97,7 +100,7 @@ def gqa_attention_prefill(
     PyTorch equivalent: ``scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
     is_causal=True, enable_gqa=True).transpose(1, 2)`` where Sq == Sk. Accumulation is in float32.
     """
-    refuse_grad("gqa_attention_prefill", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    refuse_grad("gqa_attention_prefill", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, out=out)
     options: dict[str, Any] = attention_options(
         cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, softmax_scale,
         window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse, workspace,
@@ -118,8 +121,11 @@ def gqa_attention_prefill(
         options["causal"] = False
     if validating():
         validate("gqa_attention_prefill", q, k, **options)
-    out, lse = ops.gqa_attention_prefill(q, k, v, **options)
-    return (out, lse) if return_lse else out
+    if out is not None:
+        options["out"] = out
+    result, lse = ops.gqa_attention_prefill(q, k, v, **options)
+    result = result if out is None else out
+    return (result, lse) if return_lse else result
 
 
 def gqa_attention_decode(
@@ -146,6 +152,7 @@ def gqa_attention_decode(
     batch_invariant: bool = False,
     return_lse: bool = False,
     workspace: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Attention:
     """Attention of 1 to 16 new tokens over a cache; with k and v, appends them first. Causal among the new tokens.
 
@@ -160,6 +167,7 @@ def gqa_attention_decode(
         window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse: as in
             :func:`gqa_attention_prefill`.
         workspace: uint8 memory on q's device, of :func:`gqa_attention_decode_workspace_size` bytes; None allocates it.
+        out: as in :func:`gqa_attention_prefill`.
 
     Returns:
         out like q, contiguous; with ``return_lse`` ``(out, lse)``, lse float32 ``[B, Hq, Sq]``. Bad lengths and page
@@ -171,15 +179,18 @@ def gqa_attention_decode(
     PyTorch equivalent: write k and v to the caches at ``cache_seqlens[b]``, then for each sequence
     ``scaled_dot_product_attention(q, cache[:length], …, enable_gqa=True)`` with a bottom-right causal mask.
     """
-    refuse_grad("gqa_attention_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    refuse_grad("gqa_attention_decode", q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache, out=out)
     options: dict[str, Any] = attention_options(
         cache_leftpad, block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, softmax_scale,
         window_size, softcap, sinks, k_scale, v_scale, num_splits, batch_invariant, return_lse, workspace,
     )  # fmt: skip
     if validating():
         validate("gqa_attention_decode", q, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
-    out, lse = ops.gqa_attention_decode(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **options)
-    return (out, lse) if return_lse else out
+    if out is not None:
+        options["out"] = out
+    result, lse = ops.gqa_attention_decode(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **options)
+    result = result if out is None else out
+    return (result, lse) if return_lse else result
 
 
 def kv_cache_append(
@@ -260,14 +271,14 @@ def gqa_attention_decode_workspace_size(*args: Any, **kwargs: Any) -> int:
     return explain("gqa_attention_decode", *args, **kwargs).workspace_size
 
 
-def _attention_fake(q: Tensor, ragged: bool, return_lse: bool) -> tuple[Tensor, Tensor]:
+def _attention_fake(q: Tensor, ragged: bool, return_lse: bool, out: Tensor | None) -> tuple[Tensor, Tensor]:
     if not return_lse:
         shape: tuple[Any, ...] = (0,)
     elif ragged:
         shape = (q.shape[1], q.shape[0])
     else:
         shape = (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+    return q.new_empty(q.shape if out is None else (0,)), q.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("gqa_kernels::gqa_attention_prefill")
@@ -280,9 +291,10 @@ def _prefill_fake(
     *,
     cu_seqlens_q: Tensor | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _attention_fake(q, cu_seqlens_q is not None, return_lse)
+    return _attention_fake(q, cu_seqlens_q is not None, return_lse, out)
 
 
 @torch.library.register_fake("gqa_kernels::gqa_attention_decode")
@@ -294,9 +306,10 @@ def _decode_fake(
     v: Tensor | None = None,
     *,
     return_lse: bool = False,
+    out: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    return _attention_fake(q, False, return_lse)
+    return _attention_fake(q, False, return_lse, out)
 
 
 @torch.library.register_fake("gqa_kernels::kv_cache_append")

@@ -15,11 +15,25 @@ from gqa_kernels.validation import validate_positions, validating
 
 @overload
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, position_ids: Tensor | None = None, interleaved: bool = False
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    interleaved: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def rope(
-    q: Tensor, k: None, cos: Tensor, sin: Tensor, *, position_ids: Tensor | None = None, interleaved: bool = False
+    q: Tensor,
+    k: None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    interleaved: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor: ...
 def rope(
     q: Tensor,
@@ -29,6 +43,7 @@ def rope(
     *,
     position_ids: Tensor | None = None,
     interleaved: bool = False,
+    out: tuple[Tensor, Tensor] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | Tensor:
     """Rotates the pairs of each head of ``q`` and ``k`` by the angles of the token's position.
 
@@ -44,6 +59,8 @@ def rope(
             each token takes; None means ``0 ... tokens - 1``. Not with gathered ``cos``. A token whose position is
             outside the table becomes NaN where it would be rotated.
         interleaved: pairs are ``(2i, 2i + 1)`` (GPT-J) instead of ``(i, i + R/2)`` (Llama).
+        out: for q and k, or for q alone where ``k`` is None; written and returned instead of new tensors: contiguous,
+            like q and k, apart from each other and from the inputs in memory, or q and k themselves.
 
     Returns:
         Contiguous ``(q, k)`` rotated; ``q`` alone where ``k`` is None.
@@ -57,6 +74,11 @@ def rope(
     refuse_grad("rope", q=q, k=k, cos=cos, sin=sin)
     if validating() and position_ids is not None and cos.dim() == 2:
         validate_positions("rope", "position_ids", position_ids, cos.shape[0])
+    if out is not None:
+        q_out, k_out = (out, None) if isinstance(out, Tensor) else out
+        refuse_grad("rope", q_out=q_out, k_out=k_out)
+        ops.rope.out(q, k, cos, sin, position_ids=position_ids, interleaved=interleaved, q_out=q_out, k_out=k_out)
+        return out
     if position_ids is None and not interleaved:
         rotated: tuple[Tensor, Tensor] = ops.rope(q, k, cos, sin)
     else:
@@ -260,6 +282,11 @@ def _rope_fake(
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(0) if k is None else k.new_empty(k.shape)
+
+
+@torch.library.register_fake("gqa_kernels::rope.out")
+def _rope_out_fake(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, **_: Any) -> None:
+    return None
 
 
 @torch.library.register_fake("gqa_kernels::rope_")

@@ -10,13 +10,15 @@ from torch import Tensor
 from gqa_kernels._library import ops, refuse_grad
 
 
-def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """``silu(gate) * up``.
 
     Args:
         gate: ``[..., hidden]`` float32, float16 or bfloat16, any strides; or, where ``up`` is None, gate and up side by
             side (gate first) as ``[..., 2 * hidden]``.
         up: like ``gate``.
+        out: written and returned instead of a new tensor: contiguous, like the result, and apart from the inputs in
+            memory or, where ``up`` is given, ``gate`` or ``up`` itself.
 
     Returns:
         A contiguous tensor ``[..., hidden]``.
@@ -26,7 +28,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
     PyTorch equivalent: ``F.silu(gate) * up``, with the same rounding: silu to the dtype, then the product.
     """
-    refuse_grad("swiglu", gate=gate, up=up)
+    refuse_grad("swiglu", gate=gate, up=up, out=out)
+    if out is not None:
+        ops.swiglu.out(gate, up, out=out)
+        return out
     result: Tensor = ops.swiglu(gate) if up is None else ops.swiglu(gate, up)
     return result
 
@@ -79,3 +84,8 @@ def _swiglu_fake(gate: Tensor, up: Tensor | None = None) -> Tensor:
 @torch.library.register_fake("gqa_kernels::swiglu_ffn")
 def _swiglu_ffn_fake(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
+
+
+@torch.library.register_fake("gqa_kernels::swiglu.out")
+def _swiglu_out_fake(gate: Tensor, up: Tensor | None = None, *, out: Tensor) -> None:
+    return None

@@ -34,6 +34,15 @@ if hasattr(ctypes.CDLL(None), "mallopt"):
 NO_GPU = "no GPU"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """-m gpu: what a GPU decides, for a machine that has one; every other test gives the same anywhere."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        asks = "gpu" in getattr(item, "fixturenames", ()) and "gpu" not in params
+        if asks or str(params.get("device")).startswith("cuda"):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same test on the CPU and, when there is one, on the GPU; "cuda portable" leaves out kernels for sm_90."""

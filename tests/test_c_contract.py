@@ -22,6 +22,8 @@ HEADER = Path(__file__).parent.parent / "csrc/include/gqa_kernels.h"
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror"]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
+pytestmark = pytest.mark.gpu
+
 
 def compiler() -> str:
     found = shutil.which("cc") or shutil.which("gcc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +12,17 @@ from support.guard import same_bytes
 from support.llama import LAYERS, make_llama, make_prompt
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import gqa_kernels
-from gqa_kernels.hf.cache import GrowingLayer
+from gqa_kernels.hf.cache import GrowingLayer, GrowingSlidingLayer
 
 
 def states(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 2, tokens, 4), torch.randn(batch, 2, tokens, 4)
 
 
-def assert_same_layer(growing: GrowingLayer, dynamic: DynamicLayer) -> None:
+def assert_same_layer(growing: Any, dynamic: DynamicLayer) -> None:
     assert growing.get_seq_length() == dynamic.get_seq_length()
     assert growing.get_mask_sizes(3) == dynamic.get_mask_sizes(3)
     assert growing.is_initialized == dynamic.is_initialized
@@ -29,45 +30,65 @@ def assert_same_layer(growing: GrowingLayer, dynamic: DynamicLayer) -> None:
         assert same_bytes(growing.keys, dynamic.keys) and same_bytes(growing.values, dynamic.values)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_p13_behaves_as_a_dynamic_layer(seed: int) -> None:
+@pytest.mark.parametrize("kind", ["full", "sliding", "sliding, recorded"])
+@pytest.mark.parametrize("seed", range(6))
+def test_p13_behaves_as_the_layer_it_replaces(seed: int, kind: str) -> None:
     """A random walk over everything that generate() does to a cache layer."""
     pick = random.Random(seed)
-    growing, dynamic, batch = GrowingLayer(), DynamicLayer(), 2
+    window, recorded = 40, kind == "sliding, recorded"
+    growing, layer, batch = GrowingLayer(), DynamicLayer(), 2
+    if kind != "full":
+        growing, layer = (which(sliding_window=window) for which in (GrowingSlidingLayer, DynamicSlidingWindowLayer))
+    if recorded:
+        growing.activate_past_recording()
+        layer.activate_past_recording()
+    steps = ["update"] * 6 + ["crop", "reorder", "repeat", "select", "copy", "adopt"] + ["reset"] * (kind == "full")
     for _ in range(60):
-        step = pick.choice(["update"] * 6 + ["crop", "reorder", "repeat", "select", "copy", "reset", "adopt"])
-        both = (growing, dynamic)
-        length = dynamic.get_seq_length()
+        step = pick.choice(steps)
+        both = (growing, layer)
+        length, held = layer.get_seq_length(), layer.keys.shape[-2] if layer.get_seq_length() else 0
         if step == "update":
             new = states(batch, pick.choice([1, 1, 1, 2, 17, 90]))
-            results = [layer.update(*new) for layer in both]
+            results = [each.update(*new) for each in both]
             assert all(same_bytes(a, b) for a, b in zip(*results))
-        elif step == "crop" and length > 1:
-            tokens = pick.randrange(1, length)
-            for layer in both:
-                layer.crop(-tokens)
+        elif step == "crop" and length > 1 and (kind == "full" or recorded or length < window):
+            tokens = pick.randrange(1, min(length, max(held - window, 2)) if recorded and length >= window else length)
+            for each in both:
+                each.crop(-tokens)
         elif step == "reorder" and length:
             order = torch.tensor([pick.randrange(batch) for _ in range(batch)])
-            for layer in both:
-                layer.reorder_cache(order)
+            for each in both:
+                each.reorder_cache(order)
         elif step == "repeat" and length and batch < 8:
             batch *= 2
-            for layer in both:
-                layer.batch_repeat_interleave(2)
+            for each in both:
+                each.batch_repeat_interleave(2)
         elif step == "select" and batch > 1 and length:
             batch -= 1
-            for layer in both:
-                layer.batch_select_indices(torch.arange(batch))
+            for each in both:
+                each.batch_select_indices(torch.arange(batch))
         elif step == "copy":
             old, growing = growing, copy.deepcopy(growing)
             if length and old.keys is not None:
                 old.update(*states(batch, 1))
         elif step == "reset":
-            for layer in both:
-                layer.reset()
+            for each in both:
+                each.reset()
         elif step == "adopt" and length:
-            growing = GrowingLayer.from_layer(dynamic)
-        assert_same_layer(growing, dynamic)
+            growing = type(growing).from_layer(layer)
+        assert_same_layer(growing, layer)
+
+
+def test_a_window_does_not_keep_a_long_prompt() -> None:
+    layer = GrowingSlidingLayer(sliding_window=16)
+    layer.update(*states(1, 5000))
+    places = set()
+    for _ in range(2000):
+        layer.update(*states(1, 1))
+        assert layer.keys is not None and layer.keys.shape[-2] == 15
+        assert layer.keys.untyped_storage().nbytes() <= 1024 * layer.keys[:, :, :1].nbytes
+        places.add(layer.keys.untyped_storage().data_ptr())
+    assert len(places) <= 20
 
 
 def test_p25_appends_in_place() -> None:

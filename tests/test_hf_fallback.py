@@ -12,7 +12,6 @@ from support.guard import same_bytes
 from support.llama import assert_same_model, make_llama, make_prompt, positions_of
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 import gqa_kernels
 
@@ -25,10 +24,6 @@ def causal_4d(tokens: int, dtype: torch.dtype, device: str) -> Tensor:
     allowed = (keys[None] <= keys[:, None]) & ((keys[None] % 3 != 1) | (keys[None] == keys[:, None]))
     mask = torch.zeros(1, 1, tokens, tokens, dtype=dtype, device=device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def sliding_cache(window: int = 64) -> Cache:
-    return Cache(layers=[DynamicSlidingWindowLayer(sliding_window=window) for _ in range(2)])
 
 
 class OwnCache(DynamicCache):
@@ -71,11 +66,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], Run]]]
                 m(i["input_ids"], position_ids=torch.arange(20, device=m.device)[None] % 7, use_cache=False).logits
             )
         ),
-    ),
-    "sliding cache": (
-        "DynamicSlidingWindowLayer",
-        LONG,
-        lambda i: lambda m: decoded_with_holes(m, i, sliding_cache),
     ),
     "a cache of its own": (
         "OwnCache",

@@ -27,10 +27,11 @@ FROZEN = {
     "add_rmsnorm": "(Tensor x, Tensor residual, Tensor weight, float eps, *, float weight_offset=0., "
     "bool cast_before_weight=True) -> (Tensor, Tensor)",
     "gqa_attention_decode": "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, *, "
-    f"Tensor cache_seqlens, {COMMON}) -> (Tensor, Tensor)",
+    f"Tensor cache_seqlens, {COMMON}, Tensor(d!)? out=None) -> (Tensor, Tensor)",
     "gqa_attention_prefill": "(Tensor q, Tensor? k=None, Tensor? v=None, Tensor(a!)? k_cache=None, "
     "Tensor(b!)? v_cache=None, *, Tensor? cache_seqlens=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-    f"SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, {COMMON}, bool causal=True) -> (Tensor, Tensor)",
+    f"SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, {COMMON}, bool causal=True, "
+    "Tensor(d!)? out=None) -> (Tensor, Tensor)",
     "kv_cache_append": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cache_seqlens, "
     f"Tensor? cache_leftpad=None, Tensor? block_table=None, {ROTARY}, Tensor? k_scale=None, Tensor? v_scale=None) "
     "-> ()",
@@ -55,16 +56,33 @@ FROZEN = {
     "swiglu_ffn": "(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down) -> Tensor",
 }
 
+# Into memory of the caller's; attention takes it as an argument of the one schema.
+FROZEN_OUT = {
+    "add_rmsnorm": "(Tensor x, Tensor residual, Tensor weight, float eps, *, float weight_offset=0., "
+    "bool cast_before_weight=True, Tensor(a!) out, Tensor(b!) residual_out) -> ()",
+    "rmsnorm": "(Tensor x, Tensor weight, float eps, *, float weight_offset=0., bool cast_before_weight=True, "
+    "Tensor(a!) out) -> ()",
+    "rope": "(Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, bool interleaved=False, "
+    "Tensor(a!) q_out, Tensor(b!)? k_out=None) -> ()",
+    "swiglu": "(Tensor gate, Tensor? up=None, *, Tensor(a!) out) -> ()",
+}
+
 
 def test_p18_every_op_is_frozen() -> None:
     assert set(FROZEN) == set(OPS)
+    assert {op for op in OPS if "out" in getattr(ops, op).overloads()} == set(FROZEN_OUT)
+
+
+SCHEMAS = [(op, "default", schema) for op, schema in FROZEN.items()]
+SCHEMAS += [(op, "out", schema) for op, schema in FROZEN_OUT.items()]
 
 
 @pytest.mark.abi
-@pytest.mark.parametrize("op", OPS)
-def test_p18_old_calls_still_mean_the_same(op: str) -> None:
-    old = torch._C.parse_schema(f"gqa_kernels::{op}{FROZEN[op]}")
-    new = getattr(ops, op).default._schema
+@pytest.mark.parametrize("op, overload, schema", SCHEMAS, ids=[f"{op}.{overload}" for op, overload, _ in SCHEMAS])
+def test_p18_old_calls_still_mean_the_same(op: str, overload: str, schema: str) -> None:
+    name = op if overload == "default" else f"{op}.{overload}"
+    old = torch._C.parse_schema(f"gqa_kernels::{name}{schema}")
+    new = getattr(getattr(ops, op), overload)._schema
     assert new.is_backward_compatible_with(old), f"{new}\nis not compatible with\n{old}"
     marks = {argument.name: str(argument.alias_info and argument.alias_info.is_write) for argument in old.arguments}
     for argument in new.arguments:
@@ -92,4 +110,4 @@ def test_mutation_marks_are_true(device: str, op: str) -> None:
         before = {name: value.clone() for name, value in given.items() if isinstance(value, Tensor)}
         getattr(gqa_kernels, op)(*args, **kwargs)
         changed |= {name for name, value in before.items() if not same_bytes(given[name], value)}
-    assert changed == marked - {"workspace"}
+    assert changed == marked - {"workspace", "out"}

@@ -62,7 +62,7 @@ def swizzled(panel: Tensor) -> Tensor:
     pieces = panel.view(torch.int16).reshape(rows, columns // 8, 8)
     out = torch.empty_like(pieces)
     out[row.expand_as(there), there] = pieces
-    return out
+    return out.reshape(rows, columns)
 
 
 @every_half
@@ -87,8 +87,8 @@ def test_copy_panel(
     where = (ctypes.c_int * 4)(*at)
     rc = wrappers.test_dump_panel(DTYPES[dtype], pointer(placed), size, stride, rows, columns, nan, where, pointer(out))
     assert rc == 0
-    copied = out.cpu().view(dtype).reshape(rows, columns)
-    assert torch.equal(copied.nan_to_num(nan=123.0), swizzled(expected).nan_to_num(nan=123.0))
+    copied, expected = out.cpu().view(dtype).reshape(rows, columns), swizzled(expected).view(dtype)
+    assert torch.equal(copied.nan_to_num(nan=123.0), expected.nan_to_num(nan=123.0))
 
 
 def check_wgmma(wrappers: ctypes.CDLL, scores: bool, cols: int, swizzle: int, a: Tensor, b: Tensor) -> None:

@@ -273,6 +273,17 @@ void check_settings(const char *op, const AttentionArguments &args) {
   }
 }
 
+void check_attention_out(const char *op, const AttentionArguments &args, const Tensor &out) {
+  check_out(op, "out", out, sizes_of(args.q), "q", args.q);
+  check_value(op, reinterpret_cast<uintptr_t>(out.data_ptr()) % 16 == 0, "out", "aligned to 16 bytes", "less");
+  check_apart(op, "out", out, "q", args.q, false);
+  const char *names[] = {"k", "v", "k_cache", "v_cache"};
+  const OptionalTensor *read[] = {&args.k, &args.v, &args.cache.k_cache, &args.cache.v_cache};
+  for (int i = 0; i < 4; ++i) {
+    if (*read[i]) check_apart(op, "out", out, names[i], **read[i], false);
+  }
+}
+
 void check_attention(const char *op, const AttentionArguments &args, int64_t new_tokens) {
   check_queries(op, args);
   check_together(op, "k", args.k, "v", args.v);
@@ -295,6 +306,7 @@ void check_attention(const char *op, const AttentionArguments &args, int64_t new
                 std::to_string(new_keys) + " tokens");
   }
   check_settings(op, args);
+  if (args.out) check_attention_out(op, args, *args.out);
 }
 
 }  // namespace
@@ -345,7 +357,7 @@ AttentionOutputs fill_attention(const char *op, const AttentionArguments &args, 
     p->sinks = kept->back().data_ptr();
     p->sinks_dtype = gqa_dtype_of(kept->back());
   }
-  const Tensor out = new_contiguous(q);
+  const Tensor out = args.out ? *args.out : new_contiguous(q);
   p->out = pointer_to(out);
   fill_strides(out, &p->out_stride);
   const int64_t heads = p->num_q_heads;
@@ -354,36 +366,7 @@ AttentionOutputs fill_attention(const char *op, const AttentionArguments &args, 
                                                           : std::vector<int64_t>{batch, heads, tokens};
   const Tensor lse = torch::stable::new_empty(q, lse_shape, ScalarType::Float);
   if (args.return_lse) p->lse = static_cast<float *>(pointer_to(lse));
-  return {out, lse};
-}
-
-void prepare_workspace(const char *op, const AttentionArguments &args,
-                       int64_t (*size)(const gqa_attention_params *, const gqa_device *), gqa_attention_params *p,
-                       Kept *kept) {
-  int64_t needed = 0;
-  if (args.q.is_cuda() && !explaining()) {
-    const torch::stable::accelerator::DeviceGuard guard(args.q.get_device_index());
-    gqa_device device{};
-    if (const auto status = gqa_current_device(&device); status != GQA_STATUS_OK) fail_status(op, status);
-    needed = size(p, &device);
-  }
-  if (args.workspace) {
-    const Tensor &given = *args.workspace;
-    check_same_device(op, "workspace", given, "q", args.q);
-    check_value(op, given.scalar_type() == ScalarType::Byte, "workspace", "uint8", dtype_string(given));
-    check_value(op, given.is_contiguous(), "workspace", "contiguous", "strided memory");
-    check_value(op, given.numel() >= needed, "workspace", "at least " + std::to_string(needed) + " bytes",
-                std::to_string(given.numel()));
-    check_value(op, reinterpret_cast<uintptr_t>(given.data_ptr()) % 16 == 0, "workspace", "aligned to 16 bytes",
-                "a misaligned address");
-    kept->push_back(given);
-  } else if (needed > 0) {
-    kept->push_back(torch::stable::new_empty(args.q, std::vector<int64_t>{needed}, ScalarType::Byte));
-  } else {
-    return;
-  }
-  p->workspace = kept->back().data_ptr();
-  p->workspace_size = kept->back().numel();
+  return {args.out ? torch::stable::new_empty(q, std::vector<int64_t>{0}) : out, lse};
 }
 
 int64_t cpu_row_cost(const gqa_attention_params &p) {

@@ -37,12 +37,13 @@ struct AttentionArguments {
   int64_t num_splits;
   bool batch_invariant, return_lse;
   OptionalTensor workspace;
+  OptionalTensor out;
   bool causal;
   bool decode = false;
 };
 
 struct AttentionOutputs {
-  Tensor out, lse;  // lse of size 0 where it was not asked for
+  Tensor out, lse;  // of size 0: the caller's own out; an lse that was not asked for
 };
 
 // Never NULL: an empty tensor is not an absent one.

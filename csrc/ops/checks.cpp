@@ -144,6 +144,43 @@ void check_value(const char *op, bool condition, const char *name, const std::st
   if (!condition) fail(op, std::string(name) + " must be " + wanted + ", got " + given);
 }
 
+std::vector<int64_t> sizes_of(const Tensor &tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
+
+void check_out(const char *op, const char *name, const Tensor &out, const std::vector<int64_t> &sizes,
+               const char *like_name, const Tensor &like) {
+  check_same_device(op, name, out, like_name, like);
+  check_same_dtype(op, name, out, like_name, like);
+  check_shape(op, name, out, sizes, "of the result");
+  check_value(op, out.is_contiguous(), name, "contiguous", "strided memory");
+}
+
+namespace {
+
+// The bytes that a tensor spans, what lies between its elements included.
+std::pair<const char *, const char *> span_of(const Tensor &tensor) {
+  int64_t elements = 1;
+  for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
+  const auto *first = static_cast<const char *>(tensor.data_ptr());
+  return {first, first + elements * static_cast<int64_t>(tensor.element_size())};
+}
+
+}  // namespace
+
+void check_apart(const char *op, const char *name, const Tensor &out, const char *other_name, const Tensor &other,
+                 bool or_same) {
+  if (out.numel() == 0 || other.numel() == 0) return;
+  if (or_same && out.data_ptr() == other.data_ptr() && other.is_contiguous() && sizes_of(out) == sizes_of(other)) {
+    return;
+  }
+  const auto [first, last] = span_of(out);
+  const auto [other_first, other_last] = span_of(other);
+  if (first < other_last && other_first < last) {
+    const std::string exception = or_same ? std::string(", or be the contiguous ") + other_name + " itself" : "";
+    fail(op, std::string(name) + " must lie apart from " + other_name + " in memory" + exception +
+                 ", got tensors that overlap");
+  }
+}
+
 Tensor new_contiguous(const Tensor &x) { return torch::stable::new_empty(x, x.sizes()); }
 
 }  // namespace gqa::ops

@@ -50,6 +50,16 @@ void check_last_stride(const char *op, const char *name, const Tensor &tensor);
 // `condition` failed to hold: "<name> must be <wanted>, got <given>".
 void check_value(const char *op, bool condition, const char *name, const std::string &wanted, const std::string &given);
 
+// Memory for a result: contiguous, with these sizes and the dtype and device of `like`.
+void check_out(const char *op, const char *name, const Tensor &out, const std::vector<int64_t> &sizes,
+               const char *like_name, const Tensor &like);
+// A result and what is read share no memory; or, with `or_same`, are one tensor: each element is read before it is
+// written.
+void check_apart(const char *op, const char *name, const Tensor &out, const char *other_name, const Tensor &other,
+                 bool or_same);
+
+std::vector<int64_t> sizes_of(const Tensor &tensor);
+
 // Contiguous and uninitialised, with x's shape, dtype and device.
 Tensor new_contiguous(const Tensor &x);
 

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> gqa_attention_decode(
     OptionalTensor cache_leftpad, OptionalTensor block_table, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
     OptionalTensor rotary_positions, bool rotary_interleaved, std::optional<double> softmax_scale, int64_t window_left,
     int64_t window_right, double softcap, OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
-    int64_t num_splits, bool batch_invariant, bool return_lse, OptionalTensor workspace) {
+    int64_t num_splits, bool batch_invariant, bool return_lse, OptionalTensor workspace, OptionalTensor out) {
   const AttentionArguments args{q,
                                 k,
                                 v,
@@ -38,6 +38,7 @@ std::tuple<Tensor, Tensor> gqa_attention_decode(
                                 batch_invariant,
                                 return_lse,
                                 workspace,
+                                out,
                                 true,
                                 true};
   check_rank(kOp, "q", q, {4}, "[batch, seqlen, num_q_heads, head_dim]");

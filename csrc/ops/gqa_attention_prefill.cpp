@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> gqa_attention_prefill(
     OptionalTensor block_table, OptionalTensor rotary_cos, OptionalTensor rotary_sin, OptionalTensor rotary_positions,
     bool rotary_interleaved, std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
     double softcap, OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale, int64_t num_splits,
-    bool batch_invariant, bool return_lse, OptionalTensor workspace, bool causal) {
+    bool batch_invariant, bool return_lse, OptionalTensor workspace, bool causal, OptionalTensor out) {
   const AttentionArguments args{q,
                                 k,
                                 v,
@@ -66,6 +66,7 @@ std::tuple<Tensor, Tensor> gqa_attention_prefill(
                                 batch_invariant,
                                 return_lse,
                                 workspace,
+                                out,
                                 causal};
   Kept kept;
   gqa_attention_params p{};

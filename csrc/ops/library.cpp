@@ -13,10 +13,10 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       "gqa_attention_prefill(Tensor q, Tensor? k=None, Tensor? v=None, Tensor(a!)? k_cache=None, "
       "Tensor(b!)? v_cache=None, *, Tensor? cache_seqlens=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, " GQA_ATTENTION_COMMON
-      ", bool causal=True) -> (Tensor, Tensor)");
+      ", bool causal=True, Tensor(d!)? out=None) -> (Tensor, Tensor)");
   m.def(
       "gqa_attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, *, "
-      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON ") -> (Tensor, Tensor)");
+      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON ", Tensor(d!)? out=None) -> (Tensor, Tensor)");
   m.def(
       "kv_cache_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cache_seqlens, "
       "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
   m.def(
       "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, bool interleaved=False) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "rope.out(Tensor q, Tensor? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, bool interleaved=False, "
+      "Tensor(a!) q_out, Tensor(b!)? k_out=None) -> ()");
   m.def(
       "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, *, Tensor? position_ids=None, "
       "bool interleaved=False) -> ()");
@@ -37,10 +40,17 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       "rmsnorm(Tensor x, Tensor weight, float eps, *, float weight_offset=0.0, bool cast_before_weight=True) "
       "-> Tensor");
   m.def(
+      "rmsnorm.out(Tensor x, Tensor weight, float eps, *, float weight_offset=0.0, bool cast_before_weight=True, "
+      "Tensor(a!) out) -> ()");
+  m.def(
       "add_rmsnorm(Tensor x, Tensor residual, Tensor weight, float eps, *, float weight_offset=0.0, "
       "bool cast_before_weight=True) -> (Tensor, Tensor)");
+  m.def(
+      "add_rmsnorm.out(Tensor x, Tensor residual, Tensor weight, float eps, *, float weight_offset=0.0, "
+      "bool cast_before_weight=True, Tensor(a!) out, Tensor(b!) residual_out) -> ()");
   m.def("residual_add(Tensor x, Tensor residual) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor? up=None) -> Tensor");
+  m.def("swiglu.out(Tensor gate, Tensor? up=None, *, Tensor(a!) out) -> ()");
   m.def("swiglu_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down) -> Tensor");
   m.def(
       "sample(Tensor logits, *, float temperature=1.0, SymInt top_k=0, float top_p=1.0, float min_p=0.0, "

@@ -40,28 +40,43 @@ void fill_norm(Params *p, const Tensor &x, const Tensor &weight, const Rows &row
   p->cast_before_weight = cast_before_weight;
 }
 
-Tensor rmsnorm(const Tensor &x, const Tensor &weight, double eps, double weight_offset, bool cast_before_weight) {
-  constexpr auto kOp = "rmsnorm";
-  check_norm(kOp, x, weight, eps);
+constexpr auto kNorm = "rmsnorm", kAddNorm = "add_rmsnorm";
+
+void norm_into(const Tensor &x, const Tensor &weight, double eps, double weight_offset, bool cast_before_weight,
+               const Tensor &out) {
   const Tensor scale = torch::stable::contiguous(weight);
-  Tensor out = new_contiguous(x);
   const auto rows = as_rows({x, out});
   gqa_rmsnorm_params p{};
   fill_norm(&p, x, scale, rows[0], rows[1], eps, weight_offset, cast_before_weight);
-  if (x.numel() != 0) run(GQA_ENTRY(kOp, rmsnorm, gqa_rmsnorm_params), p, x, p.hidden);
+  if (x.numel() != 0) run(GQA_ENTRY(kNorm, rmsnorm, gqa_rmsnorm_params), p, x, p.hidden);
+}
+
+Tensor rmsnorm(const Tensor &x, const Tensor &weight, double eps, double weight_offset, bool cast_before_weight) {
+  check_norm(kNorm, x, weight, eps);
+  const Tensor out = new_contiguous(x);
+  norm_into(x, weight, eps, weight_offset, cast_before_weight, out);
   return out;
 }
 
-std::tuple<Tensor, Tensor> add_rmsnorm(const Tensor &x, const Tensor &residual, const Tensor &weight, double eps,
-                                       double weight_offset, bool cast_before_weight) {
-  constexpr auto kOp = "add_rmsnorm";
-  check_norm(kOp, x, weight, eps);
-  check_same_shape(kOp, "residual", residual, "x", x);
-  check_same_dtype(kOp, "residual", residual, "x", x);
-  check_same_device(kOp, "residual", residual, "x", x);
+void rmsnorm_out(const Tensor &x, const Tensor &weight, double eps, double weight_offset, bool cast_before_weight,
+                 const Tensor &out) {
+  check_norm(kNorm, x, weight, eps);
+  check_out(kNorm, "out", out, sizes_of(x), "x", x);
+  check_apart(kNorm, "out", out, "x", x, true);
+  check_apart(kNorm, "out", out, "weight", weight, false);
+  norm_into(x, weight, eps, weight_offset, cast_before_weight, out);
+}
+
+void check_add_norm(const Tensor &x, const Tensor &residual, const Tensor &weight, double eps) {
+  check_norm(kAddNorm, x, weight, eps);
+  check_same_shape(kAddNorm, "residual", residual, "x", x);
+  check_same_dtype(kAddNorm, "residual", residual, "x", x);
+  check_same_device(kAddNorm, "residual", residual, "x", x);
+}
+
+void add_norm_into(const Tensor &x, const Tensor &residual, const Tensor &weight, double eps, double weight_offset,
+                   bool cast_before_weight, const Tensor &out, const Tensor &sum) {
   const Tensor scale = torch::stable::contiguous(weight);
-  Tensor out = new_contiguous(x);
-  Tensor sum = new_contiguous(x);
   const auto rows = as_rows({x, out, residual, sum});
   gqa_add_rmsnorm_params p{};
   fill_norm(&p, x, scale, rows[0], rows[1], eps, weight_offset, cast_before_weight);
@@ -71,20 +86,44 @@ std::tuple<Tensor, Tensor> add_rmsnorm(const Tensor &x, const Tensor &residual, 
     p.residual_stride[i] = rows[2].stride[i];
     p.residual_out_stride[i] = rows[3].stride[i];
   }
-  if (x.numel() != 0) run(GQA_ENTRY(kOp, add_rmsnorm, gqa_add_rmsnorm_params), p, x, p.hidden);
+  if (x.numel() != 0) run(GQA_ENTRY(kAddNorm, add_rmsnorm, gqa_add_rmsnorm_params), p, x, p.hidden);
+}
+
+std::tuple<Tensor, Tensor> add_rmsnorm(const Tensor &x, const Tensor &residual, const Tensor &weight, double eps,
+                                       double weight_offset, bool cast_before_weight) {
+  check_add_norm(x, residual, weight, eps);
+  const Tensor out = new_contiguous(x), sum = new_contiguous(x);
+  add_norm_into(x, residual, weight, eps, weight_offset, cast_before_weight, out, sum);
   return {out, sum};
+}
+
+void add_rmsnorm_out(const Tensor &x, const Tensor &residual, const Tensor &weight, double eps, double weight_offset,
+                     bool cast_before_weight, const Tensor &out, const Tensor &residual_out) {
+  check_add_norm(x, residual, weight, eps);
+  for (const auto &[name, result] : {std::pair{"out", &out}, {"residual_out", &residual_out}}) {
+    check_out(kAddNorm, name, *result, sizes_of(x), "x", x);
+    check_apart(kAddNorm, name, *result, "x", x, true);
+    check_apart(kAddNorm, name, *result, "residual", residual, true);
+    check_apart(kAddNorm, name, *result, "weight", weight, false);
+  }
+  check_apart(kAddNorm, "residual_out", residual_out, "out", out, false);
+  add_norm_into(x, residual, weight, eps, weight_offset, cast_before_weight, out, residual_out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, m) {
-  m.impl("rmsnorm", TORCH_BOX(&rmsnorm));
-  m.impl("add_rmsnorm", TORCH_BOX(&add_rmsnorm));
+  m.impl(kNorm, TORCH_BOX(&rmsnorm));
+  m.impl("rmsnorm.out", TORCH_BOX(&rmsnorm_out));
+  m.impl(kAddNorm, TORCH_BOX(&add_rmsnorm));
+  m.impl("add_rmsnorm.out", TORCH_BOX(&add_rmsnorm_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, m) {
-  m.impl("rmsnorm", TORCH_BOX(&rmsnorm));
-  m.impl("add_rmsnorm", TORCH_BOX(&add_rmsnorm));
+  m.impl(kNorm, TORCH_BOX(&rmsnorm));
+  m.impl("rmsnorm.out", TORCH_BOX(&rmsnorm_out));
+  m.impl(kAddNorm, TORCH_BOX(&add_rmsnorm));
+  m.impl("add_rmsnorm.out", TORCH_BOX(&add_rmsnorm_out));
 }
 
 }  // namespace gqa::ops

@@ -36,21 +36,47 @@ void rotate(const char *op, const Heads &q, const Heads &q_out, const Heads *k, 
   if (p.batch * p.seqlen * heads != 0) run(GQA_ENTRY(op, rope, gqa_rope_params), p, q.tensor, heads * p.head_dim);
 }
 
+constexpr auto kRope = "rope";
+
+void rotate_into(const Tensor &q, const std::optional<Tensor> &k, const Tensor &cos, const Tensor &sin,
+                 const std::optional<Tensor> &position_ids, bool interleaved, const Tensor &q_result,
+                 const Tensor &k_result) {
+  const Heads q_in = with_unit_stride(q), q_out = as_heads(q_result);
+  const Rotary rotary = as_rotary(kRope, q, q_in.size[0], q_in.size[1], cos, sin, position_ids, interleaved);
+  if (!k.has_value()) return rotate(kRope, q_in, q_out, nullptr, nullptr, rotary.params);
+  const Heads k_in = with_unit_stride(*k), k_out = as_heads(k_result);
+  rotate(kRope, q_in, q_out, &k_in, &k_out, rotary.params);
+}
+
 std::tuple<Tensor, Tensor> rope(const Tensor &q, const std::optional<Tensor> &k, const Tensor &cos, const Tensor &sin,
                                 const std::optional<Tensor> &position_ids, bool interleaved) {
-  constexpr auto kOp = "rope";
-  check_heads(kOp, q, k);
-  const Heads q_in = with_unit_stride(q);
-  const Rotary rotary = as_rotary(kOp, q, q_in.size[0], q_in.size[1], cos, sin, position_ids, interleaved);
-  const Heads q_out = as_heads(new_contiguous(q));
-  if (!k.has_value()) {
-    rotate(kOp, q_in, q_out, nullptr, nullptr, rotary.params);
-    const int64_t none = 0;
-    return {q_out.tensor, torch::stable::new_empty(q, {&none, 1})};
+  check_heads(kRope, q, k);
+  const int64_t none = 0;
+  const Tensor q_out = new_contiguous(q), k_out = k ? new_contiguous(*k) : torch::stable::new_empty(q, {&none, 1});
+  rotate_into(q, k, cos, sin, position_ids, interleaved, q_out, k_out);
+  return {q_out, k_out};
+}
+
+void rope_out(const Tensor &q, const std::optional<Tensor> &k, const Tensor &cos, const Tensor &sin,
+              const std::optional<Tensor> &position_ids, bool interleaved, const Tensor &q_out,
+              const std::optional<Tensor> &k_out) {
+  check_heads(kRope, q, k);
+  if (k.has_value() != k_out.has_value()) {
+    fail(kRope, std::string("out must be one tensor for each of q and k, got ") + (k ? "none for k" : "two without k"));
   }
-  const Heads k_in = with_unit_stride(*k), k_out = as_heads(new_contiguous(*k));
-  rotate(kOp, q_in, q_out, &k_in, &k_out, rotary.params);
-  return {q_out.tensor, k_out.tensor};
+  const auto check = [&](const char *name, const Tensor &out, const char *like_name, const Tensor &like) {
+    check_out(kRope, name, out, sizes_of(like), like_name, like);
+    check_apart(kRope, name, out, "q", q, &like == &q);
+    if (k.has_value()) check_apart(kRope, name, out, "k", *k, &like != &q);
+    check_apart(kRope, name, out, "cos", cos, false);
+    check_apart(kRope, name, out, "sin", sin, false);
+  };
+  check("q_out", q_out, "q", q);
+  if (k.has_value()) {
+    check("k_out", *k_out, "k", *k);
+    check_apart(kRope, "k_out", *k_out, "q_out", q_out, false);
+  }
+  rotate_into(q, k, cos, sin, position_ids, interleaved, q_out, k_out.value_or(q_out));
 }
 
 // Dimensions of more than one element, the widest stride first.
@@ -127,12 +153,14 @@ void rope_(const Tensor &q, const std::optional<Tensor> &k, const Tensor &cos, c
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, m) {
-  m.impl("rope", TORCH_BOX(&rope));
+  m.impl(kRope, TORCH_BOX(&rope));
+  m.impl("rope.out", TORCH_BOX(&rope_out));
   m.impl("rope_", TORCH_BOX(&rope_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, m) {
-  m.impl("rope", TORCH_BOX(&rope));
+  m.impl(kRope, TORCH_BOX(&rope));
+  m.impl("rope.out", TORCH_BOX(&rope_out));
   m.impl("rope_", TORCH_BOX(&rope_));
 }
 

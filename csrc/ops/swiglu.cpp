@@ -33,9 +33,8 @@ void apply(const Rows &gate, const Rows &up, int64_t up_offset, const Rows &out)
   }
 }
 
-}  // namespace
-
-Tensor swiglu(const Tensor &gate, const std::optional<Tensor> &up) {
+// Checks the inputs; the sizes of the result.
+std::vector<int64_t> check_inputs(const Tensor &gate, const std::optional<Tensor> &up) {
   check_device(kOp, "gate", gate);
   check_float_dtype(kOp, "gate", gate);
   if (up.has_value()) {
@@ -43,25 +42,52 @@ Tensor swiglu(const Tensor &gate, const std::optional<Tensor> &up) {
     check_same_shape(kOp, "up", *up, "gate", gate);
     check_same_dtype(kOp, "up", *up, "gate", gate);
     check_same_device(kOp, "up", *up, "gate", gate);
-    const auto rows = as_rows({gate, *up, new_contiguous(gate)});
-    apply(rows[0], rows[1], 0, rows[2]);
-    return rows[2].tensor;
+    return sizes_of(gate);
   }
   const int64_t width = gate.dim() < 1 ? 1 : gate.size(gate.dim() - 1);
   if (width % 2 != 0) {
     fail(kOp,
          "gate must be [..., 2 * hidden], gate and up side by side, where up is None; got shape " + shape_string(gate));
   }
-  std::vector<int64_t> sizes(gate.sizes().begin(), gate.sizes().end());
+  std::vector<int64_t> sizes = sizes_of(gate);
   sizes.back() = width / 2;
-  Tensor out = torch::stable::new_empty(gate, {sizes.data(), sizes.size()});
-  const auto rows = as_rows({gate, out});
-  apply(rows[0], rows[0], width / 2, rows[1]);
+  return sizes;
+}
+
+void swiglu_into(const Tensor &gate, const std::optional<Tensor> &up, const Tensor &out) {
+  if (up.has_value()) {
+    const auto rows = as_rows({gate, *up, out});
+    apply(rows[0], rows[1], 0, rows[2]);
+  } else {
+    const auto rows = as_rows({gate, out});
+    apply(rows[0], rows[0], rows[1].width, rows[1]);
+  }
+}
+
+void swiglu_out(const Tensor &gate, const std::optional<Tensor> &up, const Tensor &out) {
+  check_out(kOp, "out", out, check_inputs(gate, up), "gate", gate);
+  check_apart(kOp, "out", out, "gate", gate, up.has_value());
+  if (up.has_value()) check_apart(kOp, "out", out, "up", *up, true);
+  swiglu_into(gate, up, out);
+}
+
+}  // namespace
+
+Tensor swiglu(const Tensor &gate, const std::optional<Tensor> &up) {
+  const std::vector<int64_t> sizes = check_inputs(gate, up);
+  const Tensor out = torch::stable::new_empty(gate, {sizes.data(), sizes.size()});
+  swiglu_into(gate, up, out);
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, m) {
+  m.impl(kOp, TORCH_BOX(&swiglu));
+  m.impl("swiglu.out", TORCH_BOX(&swiglu_out));
+}
 
-STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CUDA, m) {
+  m.impl(kOp, TORCH_BOX(&swiglu));
+  m.impl("swiglu.out", TORCH_BOX(&swiglu_out));
+}
 
 }  // namespace gqa::ops

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 
-class GrowingLayer(DynamicLayer):
-    """A DynamicLayer with room to spare: keys and values are views of buffers that double when they are full.
+class _Growing(DynamicLayer):
+    """Keys and values as views of buffers with room to spare, that are made anew when they are full.
 
-    Takes the place of a DynamicLayer in a cache, and behaves as one. Whoever assigns ``keys`` or ``values`` (reorder,
-    batch operations, offload) takes the room away; the next append makes new room.
+    Behaves as the layer it takes the place of. Whoever assigns ``keys`` or ``values`` (reorder, batch operations,
+    offload) takes the room away; the next append makes new room.
     """
 
     SPARE = 128  # rows beyond the first prefill
 
-    def __init__(self, **kwargs: Any) -> None:
-        self._buffers: tuple[Tensor, Tensor] | None = None
-        super().__init__(**kwargs)
+    _buffers: tuple[Tensor, Tensor] | None = None
+    _start = 0  # row of the buffers where the views begin
 
     @classmethod
-    def from_layer(cls, layer: DynamicLayer) -> GrowingLayer:
-        growing = cls()
+    def from_layer(cls, layer: DynamicLayer) -> Any:
+        growing = cls.__new__(cls)
         for name, value in vars(layer).items():
             setattr(growing, name, value)
         return growing
@@ -46,54 +51,86 @@ class GrowingLayer(DynamicLayer):
     def values(self, tensor: Tensor | None) -> None:
         self._values, self._buffers = tensor, None
 
+    @property
+    def rows(self) -> int:
+        """Tokens whose keys are still held."""
+        return self._keys.shape[-2] if self._keys is not None and self._keys.numel() else 0
+
     def reserve(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Buffers ``[B, H, capacity, D]`` that hold what is cached and have room for these states after it."""
+        """Buffers ``[B, H, capacity, D]`` that begin with what is cached and have room for these states after it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        needed = length + key_states.shape[-2]
+        rows = self.rows
+        needed = rows + key_states.shape[-2]
         # A buffer made in inference mode must not be written outside of it.
         frozen = self._buffers is not None and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
-        if self._buffers is None or needed > self._buffers[0].shape[-2] or frozen:
-            capacity = max(needed + self.SPARE, 2 * length)
+        if self._buffers is None or self._start + needed > self._buffers[0].shape[-2] or frozen:
+            capacity = max(needed + self.SPARE, 2 * rows)
             self._buffers = (
-                self._grown(self._keys, key_states, length, capacity),
-                self._grown(self._values, value_states, length, capacity),
+                self._grown(self._keys, key_states, rows, capacity),
+                self._grown(self._values, value_states, rows, capacity),
             )
-            self._view(length)
-        return self._buffers
+            self._view(0, rows)
+        keys, values = self._buffers
+        return keys[..., self._start :, :], values[..., self._start :, :]
 
     @staticmethod
-    def _grown(cached: Tensor | None, like: Tensor, length: int, capacity: int) -> Tensor:
+    def _grown(cached: Tensor | None, like: Tensor, rows: int, capacity: int) -> Tensor:
         buffer = like.new_empty((*like.shape[:-2], capacity, like.shape[-1]))
-        if length and cached is not None:
-            buffer[..., :length, :] = cached
+        if rows and cached is not None:
+            buffer[..., :rows, :] = cached
         return buffer
 
-    def _view(self, length: int) -> None:
+    def _view(self, start: int, rows: int) -> None:
         assert self._buffers is not None
-        self._keys, self._values = (buffer[..., :length, :] for buffer in self._buffers)
+        self._start = start
+        self._keys, self._values = (buffer[..., start : start + rows, :] for buffer in self._buffers)
 
     def advance(self, tokens: int) -> None:
         """Counts rows that were written into the buffers."""
-        self._view(self.get_seq_length() + tokens)
+        self._view(self._start, self.rows + tokens)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             states: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return states
         keys, values = self.reserve(key_states, value_states)
-        start, tokens = self.get_seq_length(), key_states.shape[-2]
+        start, tokens = self.rows, key_states.shape[-2]
         keys[..., start : start + tokens, :] = key_states
         values[..., start : start + tokens, :] = value_states
         self.advance(tokens)
-        assert self._keys is not None and self._values is not None
-        return self._keys, self._values
+        return keys[..., : start + tokens, :], values[..., : start + tokens, :]
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        buffers = self._buffers
+        buffers, end, length = self._buffers, self._start + self.rows, self.get_seq_length()
         super().crop(*args, **kwargs)
-        self._buffers = buffers  # what is left is still a prefix of them
+        self._buffers = buffers  # what is left still lies in them
+        self._start = end - (length - self.get_seq_length()) - self.rows
+
+
+class GrowingLayer(_Growing):
+    """A DynamicLayer whose appends are written in place."""
+
+
+class GrowingSlidingLayer(_Growing, DynamicSlidingWindowLayer):
+    """A DynamicSlidingWindowLayer whose appends are written in place: its window moves along the buffers."""
+
+    def advance(self, tokens: int) -> None:
+        self.cumulative_length += tokens
+        rows = self.rows + tokens
+        dropped = 0 if self.record_past else max(rows - self.sliding_window + 1, 0)
+        self._view(self._start + dropped, rows - dropped)
+        assert self._buffers is not None and self._keys is not None and self._values is not None
+        if self._buffers[0].shape[-2] > 4 * max(self.sliding_window, self.SPARE):  # those of a long prompt
+            self.keys, self.values = self._keys.clone(), self._values.clone()
+
+
+#: What each layer that transformers makes is replaced by before its first append here.
+GROWING: dict[type, type[_Growing]] = {
+    DynamicLayer: GrowingLayer,
+    DynamicSlidingWindowLayer: GrowingSlidingLayer,
+}
+SERVED = (*GROWING, *GROWING.values(), StaticLayer, StaticSlidingWindowLayer)
 
 
 @dataclass
@@ -101,15 +138,16 @@ class CacheState:
     """What the patched model remembers with a cache."""
 
     mask_seen: tuple[int, int] | None = None  # rows and columns of the last mask known to be one interval per row
-    lengths: dict[torch.device, tuple[int, Tensor]] = field(default_factory=dict)
+    lengths: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict)
 
     def length(self, length: int, device: torch.device) -> Tensor:
-        """The length on the device: one tensor for all layers of a step."""
-        known = self.lengths.get(device)
-        if known is None or known[0] != length:
-            known = (length, torch.full((), length, dtype=torch.int32, device=device))
-            self.lengths[device] = known
-        return known[1]
+        """The length on the device: one tensor for all layers of a step that have it."""
+        known = self.lengths.get((device, length))
+        if known is None:
+            if len(self.lengths) >= 4:  # full and sliding layers, on few devices: those of steps gone by
+                self.lengths.clear()
+            known = self.lengths[device, length] = torch.full((), length, dtype=torch.int32, device=device)
+        return known
 
 
 def state_of(cache: Any) -> CacheState:
@@ -131,36 +169,61 @@ def unservable(cache: Any, index: int | None = None) -> str | None:
     if not layers and cache.layer_class_to_replicate not in (DynamicLayer, GrowingLayer):
         return "the cache makes layers of an unknown class"
     for layer in layers:
-        if type(layer) not in (DynamicLayer, GrowingLayer, StaticLayer):
+        if type(layer) not in SERVED:
             return f"the cache has a {type(layer).__name__}"
     return None
 
 
-def layer_for_append(cache: Cache, index: int, key_states: Tensor, value_states: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """The cache's layer and its buffers ``[B, H, capacity, D]``, with room for the new states."""
+def layer_of(cache: Cache, index: int) -> Any:
+    """The cache's layer, as one that is written in place."""
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(GrowingLayer())
     layer = cache.layers[index]
-    if type(layer) is StaticLayer:
-        if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
-        return layer, layer.keys, layer.values
-    if type(layer) is DynamicLayer:
-        layer = cache.layers[index] = GrowingLayer.from_layer(layer)
-    keys, values = layer.reserve(key_states, value_states)
-    return layer, keys, values
+    growing = GROWING.get(type(layer))
+    if growing is not None:
+        layer = cache.layers[index] = growing.from_layer(layer)
+    return layer
 
 
-def length_of(cache: Cache, layer: Any, device: torch.device) -> Tensor:
-    """Tokens in the layer before the append, on the device."""
+def has_room(layer: Any, tokens: int) -> bool:
+    """Whether new keys go behind the cached ones. A static window that is full, or becomes so, moves its keys first."""
+    return type(layer) is not StaticSlidingWindowLayer or layer.cumulative_length_int + tokens <= layer.max_cache_len
+
+
+class Room(NamedTuple):
+    """Where a layer's keys are: buffers ``[B, H, capacity, D]``, and their filled length on the device."""
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+    dropped: int  # tokens before the buffers' first row, which a sliding window has let go of
+    most_keys: int  # upper bound of what any query of this step sees
+
+
+def reserve(cache: Cache, layer: Any, k: Tensor, v: Tensor) -> Room:
+    """Room for k and v ``[B, H, S, D]`` behind what is cached; the length does not count them."""
     if isinstance(layer, StaticLayer):
-        length: Tensor = layer.cumulative_length
-        return length
-    return state_of(cache).length(layer.get_seq_length(), device)
+        if not layer.is_initialized:
+            layer.lazy_initialization(k, v)
+        return Room(layer.keys, layer.values, layer.cumulative_length, 0, layer.keys.shape[2])
+    keys, values = layer.reserve(k, v)
+    length = state_of(cache).length(layer.rows, k.device)
+    return Room(keys, values, length, layer.get_seq_length() - layer.rows, layer.rows + k.shape[2])
+
+
+def moved(layer: Any, k: Tensor, v: Tensor) -> Room:
+    """The layer's own way to append k and v, rotated: the keys that count, old and new in order, all of them filled."""
+    after = layer.get_seq_length() + k.shape[2]
+    keys, values = layer.update(k, v)
+    rows = keys.shape[2]
+    length = torch.full((), rows, dtype=torch.int32, device=k.device)
+    return Room(keys, values, length, after - rows, rows)
 
 
 def count_append(layer: Any, tokens: int) -> None:
-    if isinstance(layer, StaticLayer):
-        layer.cumulative_length.add_(tokens)
-    else:
+    if not isinstance(layer, StaticLayer):
         layer.advance(tokens)
+        return
+    layer.cumulative_length.add_(tokens)
+    if isinstance(layer, StaticSlidingWindowLayer):
+        layer.cumulative_length_int += tokens

@@ -11,7 +11,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
 
 from gqa_kernels.hf.cache import state_of, unservable
 
@@ -20,8 +24,12 @@ def is_bounds(mask: object) -> TypeGuard[Tensor]:
     return isinstance(mask, Tensor) and mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] <= 1
 
 
-def leftpad_of(bounds: Tensor) -> Tensor | None:
-    return bounds.view(-1) if bounds.shape[-1] else None
+def leftpad_of(bounds: Tensor, dropped: int = 0) -> Tensor | None:
+    """Each row's first key, counted from the first one still cached; a row that must become NaN stays negative."""
+    if not bounds.shape[-1]:
+        return None
+    leftpad = bounds.view(-1)
+    return torch.where(leftpad < 0, leftpad, (leftpad - dropped).clamp(min=0)) if dropped else leftpad
 
 
 def make_bounds(
@@ -67,11 +75,10 @@ def make_bounds(
     broken = (present[:, 1:] < present[:, :-1]).any(-1)
     leftpad = columns - present.sum(-1)
 
-    continues = queries == 1 and state.mask_seen == (batch, columns - 1)
     if torch.compiler.is_compiling():
         if queries != 1:
             return None
-    elif not continues:
+    elif queries != 1 or state.mask_seen != (batch, columns - 1):
         facts = [broken.any(), (leftpad > 0).any()]
         if isinstance(offset, Tensor):
             facts.append(columns - queries - offset.to(device))
@@ -88,7 +95,7 @@ def make_bounds(
     return leftpad.masked_fill(broken, -1).to(torch.int32).view(batch, 1, 1, 1)
 
 
-def original_mask(module: Any, bounds: Tensor, hidden_states: Tensor, past_key_values: Any) -> Any:
+def original_mask(module: Any, bounds: Tensor, hidden_states: Tensor, past_key_values: Any, window: int | None) -> Any:
     """The mask that transformers would have built in place of ``bounds``, for a layer's original forward."""
     leftpad, padding = leftpad_of(bounds), None
     if leftpad is not None:
@@ -97,11 +104,12 @@ def original_mask(module: Any, bounds: Tensor, hidden_states: Tensor, past_key_v
                 "attention_mask must extend the mask of the step before by a column of ones in a decode step, "
                 "got a row whose ones are not one interval up to the newest key"
             )
-        keys = hidden_states.shape[1]
+        keys, offset = hidden_states.shape[1], 0
         if past_key_values is not None:
-            keys, _ = past_key_values.get_mask_sizes(keys, module.layer_idx)
-        padding = torch.arange(keys, device=leftpad.device) >= leftpad[:, None]
-    return create_causal_mask(
+            keys, offset = past_key_values.get_mask_sizes(keys, module.layer_idx)
+        padding = torch.arange(keys + offset, device=leftpad.device) >= leftpad[:, None]
+    create = create_causal_mask if window is None else create_sliding_window_causal_mask
+    return create(
         config=module.config,
         inputs_embeds=hidden_states,
         attention_mask=padding,
