@@ -222,19 +222,22 @@ gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t st
   dense.cast_before_weight = p.cast_before_weight != 0;
   dense.few_rows = v.few_rows;
   dense.past_cache = v.past_cache;
-  constexpr int kVector = Vec<T>::kSize, kLight = light_held<Params>();
+  constexpr bool kAdd = kAdds<Params>;
+  const int rows = static_cast<int>(p.rows[0] * p.rows[1]);
   if (v.held == 0) {
-    const int rows = static_cast<int>(p.rows[0] * p.rows[1]);
-    return launch_programmatic(norm_dense_narrow_rows<kAdds<Params>, T>, plan, stream, dense, rows);
+    auto *kernel = plan.block[0] == 32 && dense.hidden > 32 * Vec<T>::kSize ? norm_dense_warp_rows<kAdd, T>
+                                                                            : norm_dense_narrow_rows<kAdd, T>;
+    return launch_programmatic(kernel, plan, stream, dense, rows);
   }
   if (v.cluster > 1) {
-    auto *kernel = v.held == kLight ? norm_dense_rows<kVector, kLight, true, kAdds<Params>, T>
-                                    : norm_dense_rows<kVector, 2, true, kAdds<Params>, T>;
+    auto *kernel = norm_dense_rows < true, kAdd ? 2 : 4, true, kAdd, T > ;
+    if (kAdd && v.held == 1) kernel = norm_dense_rows < true, kAdd ? 1 : 4, true, kAdd, T > ;
     return launch_programmatic_clusters(kernel, plan, v.cluster, stream, dense);
   }
-  auto *kernel = v.chunk != kVector ? norm_dense_rows<kVector / 2, 2, false, kAdds<Params>, T>
-                 : v.held == kLight ? norm_dense_rows<kVector, kLight, false, kAdds<Params>, T>
-                                    : norm_dense_rows<kVector, 2, false, kAdds<Params>, T>;
+  auto *kernel = norm_dense_rows<true, 2, false, kAdd, T>;
+  if (v.chunk != Vec<T>::kSize) kernel = norm_dense_rows<false, 2, false, kAdd, T>;
+  if (v.held == 1) kernel = norm_dense_rows<true, 1, false, kAdd, T>;
+  if (!kAdd && v.held == 4) kernel = norm_dense_rows < true, kAdd ? 2 : 4, false, kAdd, T > ;
   return launch_programmatic(kernel, plan, stream, dense);
 }
 

@@ -10,6 +10,10 @@ namespace {
 
 // Two rows an SM: from there on bytes in flight count for more than latency.
 constexpr int64_t kFewRowsLimit = 264;
+// Eight rows an SM: up to there rows of one vector a thread, four blocks to an SM, even out better over the SMs.
+constexpr int64_t kMediumRowsLimit = 1056;
+// Up to this many vectors a dense row is one warp's.
+constexpr int64_t kWarpVectors = 128;
 // Threads that narrow rows share a block up to.
 constexpr int64_t kThreads = 256;
 // Up to this many vectors a row takes one or two a thread.
@@ -76,22 +80,23 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
   const bool whole = variant.chunk == vector, narrow = vectors <= 32;
   if (!is_dense_norm(p) || variant.chunk == 1 || (!whole && (narrow || vectors > 2 * kTreeVectors))) return false;
   variant.dense = true;
-  if (narrow) {
+  const bool adds = light_held<Params>() == 1;
+  if (vectors <= kWarpVectors && whole) {
     int64_t x = 32;
     while (x > 1 && x / 2 >= vectors) x /= 2;
-    const int64_t y = std::max<int64_t>(32 / x, variant.few_rows ? 1 : kThreads / x);
+    const int64_t y = std::max<int64_t>(32 / x, variant.few_rows ? 1 : kThreads / x), rows_each = narrow ? 2 : 1;
     variant.held = 0;
-    add_launch(
-        plan, make_launch(op, "norm_dense_narrow_rows", p.dtype, {ceil_div(rows, 2 * y)}, {x, y}, 0, variant.encode()));
+    add_launch(plan, make_launch(op, narrow ? "norm_dense_narrow_rows" : "norm_dense_warp_rows", p.dtype,
+                                 {ceil_div(rows, rows_each * y)}, {x, y}, 0, variant.encode()));
     plan->reason = "a row without gaps fits the registers of one warp";
     return true;
   }
-  variant.held = whole && vectors <= kTreeVectors ? light_held<Params>() : 2;
+  variant.held = !whole ? 2 : vectors > kTreeVectors ? (adds ? 2 : 4) : adds || rows <= kMediumRowsLimit ? 1 : 2;
   int64_t threads = ceil_div(ceil_div<int64_t>(vectors, variant.held), int64_t{32}) * 32;
   if (vectors > 2 * kTreeVectors) {
     const int64_t trees = ceil_div(vectors, kTreeVectors), trees_a_block = ceil_div(trees, kMostBlocks);
     if (!has_clusters(device) || trees_a_block > 2) return false;
-    variant.held = trees_a_block == 1 ? light_held<Params>() : 2;
+    variant.held = !adds ? 4 : static_cast<int>(trees_a_block);
     variant.cluster = static_cast<int>(ceil_div(trees, trees_a_block));
     threads = trees_a_block * kTreeVectors / variant.held;
   }

@@ -73,11 +73,7 @@ __device__ __forceinline__ void load_table(const void *table, int64_t at, bool t
 // Blocks of an SM that registers allow.
 template <typename W>
 constexpr int rope_dense_blocks() {
-#ifdef LATE
-  return std::is_void_v<W> ? 5 : std::is_same_v<W, float> ? 3 : 4;
-#else
   return std::is_void_v<W> ? 4 : std::is_same_v<W, float> ? 2 : 3;
-#endif
 }
 
 // W is the dtype of the weights; void: no norm.
@@ -116,14 +112,8 @@ __global__ void __launch_bounds__(320, rope_dense_blocks<W>()) rope_dense(const 
   }
   const bool turns = active && angles >= 0;
   float cosine[N], sine[N];
-#ifdef LATE
-  if constexpr (!kNorms) {
-#endif
   load_table<N, C>(p.cos, angles, turns, cosine);
   load_table<N, C>(p.sin, angles, turns, sine);
-#ifdef LATE
-  }
-#endif
   if constexpr (kNorms) {
     const W *weight = static_cast<const W *>(is_q ? p.q_weight : p.k_weight) + low;
     Weights<T, W> weight_a{}, weight_b{};
@@ -133,10 +123,6 @@ __global__ void __launch_bounds__(320, rope_dense_blocks<W>()) rope_dense(const 
     const float rstd = reciprocal_rms(total, p.inverse_dim, p.eps);
     a = scaled<T, W>(a, weight_a, rstd, p);
     b = scaled<T, W>(b, weight_b, rstd, p);
-#ifdef LATE
-  load_table<N, C>(p.cos, angles, turns, cosine);
-  load_table<N, C>(p.sin, angles, turns, sine);
-#endif
   }
   if (!active) return;
   Floats<T> of_a = widen(a), of_b = widen(b);

@@ -1,6 +1,7 @@
 // rmsnorm and add_rmsnorm of rows without gaps whose weights have their dtype: what models call.
 // norm_dense_rows: a block, or a cluster of them, takes a row, kHeld vectors a thread.
 // norm_dense_narrow_rows: up to 32 lanes take a row of as many vectors; a thread holds a vector of two rows.
+// norm_dense_warp_rows: a warp takes a row of up to 128 vectors.
 // Memory order: x (and residual) once, weight, the sum out, out; all loads of a thread are under way before the first
 // is used. Limits: plan/rmsnorm.cpp. Determinism: the order of square_sum.cuh; a block of a cluster sums whole trees of
 // it, which every block adds up in the order of the row, so the bytes are those of the other kernels.
@@ -82,9 +83,93 @@ __device__ __forceinline__ void have_dense_ready(const DenseNorm<T> &p, int64_t 
   have_ready(static_cast<int>(p.past_cache));
 }
 
+// The halves of a vector as words of 8 bytes.
+template <typename T>
+__device__ __forceinline__ uint2 &half_of(Vec<T> &vec, int half) {
+  return reinterpret_cast<uint2 *>(vec.value)[half];
+}
+
+// What a thread takes of a row: kHeld vectors, 32 apart, from `row` on, where the first of them lies; `left` is what is
+// left of the row from there. Zeros past its end. kWhole: rows are whole aligned vectors. Else `row` may lie between
+// two vectors and the row may end with half of one: a warp then moves the aligned vectors that its own straddle, and
+// each lane has its first half from the lane before it.
+template <int kHeld, bool kWhole, bool kOnce, typename T>
+__device__ __forceinline__ void load_side_by_side(const T *row, int left, Vec<T> (&vecs)[kHeld]) {
+  constexpr int kVector = Vec<T>::kSize, kHalf = kVector / 2, kStep = kGroupVectors * kVector;
+  if constexpr (!kWhole) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+      const int lane = threadIdx.x % 32;
+      Vec<T> moved[kHeld];
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        vecs[i] = moved[i] = Vec<T>{};
+        const int end = left - i * kStep;  // elements from the vector to the end of the row
+        const T *at = row + i * kStep;
+        const bool both = lane < 31 && end > kVector;
+        if (both) moved[i] = kOnce ? load_vec_once(at + kHalf) : load_vec(at + kHalf);
+        if (!both && end >= kVector) half_of(moved[i], 0) = *reinterpret_cast<const uint2 *>(at + kHalf);
+        if (lane == 0 && end > 0) half_of(vecs[i], 0) = *reinterpret_cast<const uint2 *>(at);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const uint2 mine = half_of(moved[i], 1);
+        const uint2 before = {__shfl_up_sync(0xffffffffu, mine.x, 1), __shfl_up_sync(0xffffffffu, mine.y, 1)};
+        if (lane != 0) half_of(vecs[i], 0) = before;
+        half_of(vecs[i], 1) = half_of(moved[i], 0);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    vecs[i] = Vec<T>{};
+    const T *at = row + i * kStep;
+    if (i * kStep + (kWhole ? 0 : kHalf) < left) vecs[i] = kOnce ? load_vec_once(at) : load_vec(at);
+    if (!kWhole && i * kStep + kHalf == left) half_of(vecs[i], 0) = *reinterpret_cast<const uint2 *>(at);
+  }
+}
+
+template <int kHeld, bool kWhole, typename T>
+__device__ __forceinline__ void store_side_by_side(T *row, int left, Vec<T> (&vecs)[kHeld], bool past_cache) {
+  constexpr int kVector = Vec<T>::kSize, kHalf = kVector / 2, kStep = kGroupVectors * kVector;
+  if constexpr (!kWhole) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+      const int lane = threadIdx.x % 32;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        T *at = row + i * kStep;
+        const int end = left - i * kStep;
+        const uint2 mine = half_of(vecs[i], 0);
+        const uint2 after = {__shfl_down_sync(0xffffffffu, mine.x, 1), __shfl_down_sync(0xffffffffu, mine.y, 1)};
+        const bool both = lane < 31 && end > kVector;
+        Vec<T> moved;
+        half_of(moved, 0) = half_of(vecs[i], 1);
+        half_of(moved, 1) = after;
+        if (both) store<kVector>(at + kHalf, 0, 0, moved, past_cache);
+        if (!both && end >= kVector) *reinterpret_cast<uint2 *>(at + kHalf) = half_of(moved, 0);
+        if (lane == 0 && end > 0) *reinterpret_cast<uint2 *>(at) = mine;
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    T *at = row + i * kStep;
+    if (i * kStep + (kWhole ? 0 : kHalf) < left) store<kVector>(at, 0, 0, vecs[i], past_cache);
+    if (!kWhole && i * kStep + kHalf == left) *reinterpret_cast<uint2 *>(at) = half_of(vecs[i], 0);
+  }
+}
+
+// Threads of a block, and blocks of an SM that registers are to allow.
+constexpr int dense_threads(int held) { return held == 4 ? 256 : 512; }
+constexpr int dense_blocks(bool whole, int held, bool adds) {
+  if (held == 4) return 4;
+  return held == 2 && (adds || !whole) ? 2 : held == 1 && !adds ? 4 : 3;
+}
+
 // A warp takes kHeld times 32 vectors side by side.
-template <int kChunk, int kHeld, bool kCluster, bool kAdds, typename T>
-__global__ void __launch_bounds__(512, kAdds &&kHeld == 2 ? 2 : 3)
+template <bool kWhole, int kHeld, bool kCluster, bool kAdds, typename T>
+__global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kWhole, kHeld, kAdds))
     norm_dense_rows(const __grid_constant__ DenseNorm<T> p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kHasCode = true;
@@ -116,29 +201,17 @@ __global__ void __launch_bounds__(512, kAdds &&kHeld == 2 ? 2 : 3)
     have_dense_ready<kAdds>(p, at);
     wait_for_prerequisites();
     Vec<T> x[kHeld], residual[kHeld], weight[kHeld];
+    load_side_by_side<kHeld, kWhole, true>(p.x + at, left, x);
+    if constexpr (kAdds) load_side_by_side<kHeld, kWhole, true>(p.residual + at, left, residual);
+    load_side_by_side<kHeld, kWhole, false>(weights, left, weight);
+    if constexpr (kAdds) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      x[i] = Vec<T>{};
-      if (i * kStep < left) x[i] = load<kChunk, true>(p.x + at, i * kStep, left);
-    }
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      residual[i] = Vec<T>{};
-      if (kAdds && i * kStep < left) residual[i] = load<kChunk, true>(p.residual + at, i * kStep, left);
-    }
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (i * kStep < left) weight[i] = load<kChunk>(weights, i * kStep, left);
+      for (int i = 0; i < kHeld; ++i) x[i] = sum_of(x[i], residual[i]);
+      store_side_by_side<kHeld, kWhole>(p.residual_out + at, left, x, p.past_cache);
     }
     float part[kHeld];
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if constexpr (kAdds) {
-        x[i] = sum_of(x[i], residual[i]);
-        if (i * kStep < left) store<kChunk>(p.residual_out + at, i * kStep, left, x[i], p.past_cache);
-      }
-      part[i] = square_sum(x[i]);
-    }
+    for (int i = 0; i < kHeld; ++i) part[i] = square_sum(x[i]);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       part[i] = group_sum(part[i], 32);
@@ -155,11 +228,8 @@ __global__ void __launch_bounds__(512, kAdds &&kHeld == 2 ? 2 : 3)
     }
     const float rstd = reciprocal_rms(total, p.inverse_hidden, p.eps);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (i * kStep < left) {
-        store<kChunk>(p.out + at, i * kStep, left, scaled<T, T>(anew(x[i], p.zero), weight[i], rstd, p), p.past_cache);
-      }
-    }
+    for (int i = 0; i < kHeld; ++i) x[i] = scaled<T, T>(anew(x[i], p.zero), weight[i], rstd, p);
+    store_side_by_side<kHeld, kWhole>(p.out + at, left, x, p.past_cache);
   }
 }
 
@@ -182,15 +252,64 @@ __global__ void __launch_bounds__(256, 6) norm_dense_narrow_rows(const __grid_co
     if (kAdds && active[i]) residual[i] = load_vec_once(p.residual + at + i * step);
   }
   if (inside) weight = load_vec(p.weight + lane);
+  float sum[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     if constexpr (kAdds) {
       x[i] = sum_of(x[i], residual[i]);
       if (active[i]) store<kVector>(p.residual_out + at + i * step, 0, 0, x[i], p.past_cache);
     }
-    const float rstd = reciprocal_rms(group_sum(square_sum(x[i]), blockDim.x), p.inverse_hidden, p.eps);
-    if (active[i]) store<kVector>(p.out + at + i * step, 0, 0, scaled<T, T>(x[i], weight, rstd, p), p.past_cache);
+    sum[i] = square_sum(x[i]);
   }
+  for (int offset = blockDim.x / 2; offset > 0; offset /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, sum[0], offset);
+    sum[1] += __shfl_xor_sync(0xffffffffu, sum[1], offset);
+    sum[0] += other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float rstd = reciprocal_rms(sum[i], p.inverse_hidden, p.eps);
+    if (active[i]) {
+      store<kVector>(p.out + at + i * step, 0, 0, scaled<T, T>(anew(x[i], p.zero), weight, rstd, p), p.past_cache);
+    }
+  }
+}
+
+template <bool kAdds, typename T>
+__global__ void __launch_bounds__(256, kAdds ? 3 : 5)
+    norm_dense_warp_rows(const __grid_constant__ DenseNorm<T> p, int rows) {
+  constexpr int kVector = Vec<T>::kSize;
+  launch_dependents();
+  const int first = threadIdx.x * kVector, row = blockIdx.x * blockDim.y + threadIdx.y;
+  const int64_t at = static_cast<int64_t>(row) * p.hidden + first;
+  const int left = row < rows ? p.hidden - first : 0;
+  if (p.few_rows) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i * 32 * kVector < left) prefetch_l2(p.weight + first + i * 32 * kVector);
+    }
+  }
+  have_dense_ready<kAdds>(p, at);
+  wait_for_prerequisites();
+  Vec<T> x[4], residual[4], weight[4];
+  load_side_by_side<4, true, true>(p.x + at, left, x);
+  if constexpr (kAdds) load_side_by_side<4, true, true>(p.residual + at, left, residual);
+  load_side_by_side<4, true, false>(p.weight + first, left, weight);
+  if constexpr (kAdds) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = sum_of(x[i], residual[i]);
+    store_side_by_side<4, true>(p.residual_out + at, left, x, p.past_cache);
+  }
+  float sum[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = square_sum(x[i]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sum[i] = group_sum(sum[i], 32);
+  // A tree of four groups.
+  const float rstd = reciprocal_rms((sum[0] + sum[2]) + (sum[1] + sum[3]), p.inverse_hidden, p.eps);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = scaled<T, T>(anew(x[i], p.zero), weight[i], rstd, p);
+  store_side_by_side<4, true>(p.out + at, left, x, p.past_cache);
 }
 
 }  // namespace gqa::cuda
