@@ -283,26 +283,52 @@ def test_the_portable_sampler_can_be_asked_for() -> None:
     assert plan_for(H200, "sample", torch.zeros(4, 1000))["launches"][0]["kernel"] == "sample_row"
 
 
-def test_norms_hold_their_rows() -> None:
+def norm_launch(gpu: dict[str, int], op: str, x: Tensor) -> dict[str, object]:
+    weight = torch.empty(x.shape[-1], dtype=x.dtype)
+    (launch,) = plan_for(gpu, op, *[x] * (2 if op == "add_rmsnorm" else 1), weight)["launches"]
+    return launch
+
+
+NORM_WIDTHS = (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536)
+
+
+@pytest.mark.parametrize("op", ["rmsnorm", "add_rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_hold_their_rows(op: str, dtype: torch.dtype) -> None:
     """A row's vectors fit its threads' registers, 4 each, or registers and shared memory together, up to 65536 wide."""
-    for op, dtype, rows, hidden in itertools.product(
-        ("rmsnorm", "add_rmsnorm"),
-        (torch.float32, torch.bfloat16),
-        (1, 5000),
-        (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536),
-    ):
-        x = torch.zeros(1, 1, dtype=dtype).expand(rows, hidden)
-        weight = torch.zeros(hidden, dtype=dtype)
-        plan = plan_for(H200, op, *[x] * (2 if op == "add_rmsnorm" else 1), weight)
-        (launch,) = plan["launches"]
+    for rows, hidden in itertools.product((2, 5000), NORM_WIDTHS):
+        launch = norm_launch(H200, op, torch.empty(1, hidden, dtype=dtype).expand(rows, hidden))
         threads, rows_a_block, _ = launch["block"]
-        vectors = -(-hidden * x.itemsize // 16)
+        vectors = -(-hidden * dtype.itemsize // 16)
         assert launch["kernel"] == ("norm_narrow_rows" if vectors <= 32 else "norm_rows")
         assert launch["grid"][0] * rows_a_block >= rows and threads * rows_a_block <= 1024
         assert (threads * rows_a_block) % 32 == 0
         held = 1 if vectors <= 32 else 4
         beyond = max(0, vectors - held * threads) * 16
         assert launch["shared_memory"] >= (beyond if beyond < 90000 else 0) and launch["shared_memory"] <= 96 * 1024
+
+
+@pytest.mark.parametrize("op", ["rmsnorm", "add_rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_rows_without_gaps(op: str, dtype: torch.dtype) -> None:
+    """Two vectors a thread, or one and one of the residual; wide rows are spread over a cluster where there are any."""
+    vector = 16 // dtype.itemsize
+    for rows, hidden in itertools.product((1, 5000), NORM_WIDTHS):
+        x = torch.empty(rows, hidden, dtype=dtype)
+        launch, portable = (norm_launch(gpu, op, x) for gpu in (H200, A100))
+        threads, rows_a_block, _ = launch["block"]
+        vectors, blocks = -(-hidden // vector), launch["grid"][0] // rows
+        if hidden % vector == 0 and vectors <= 32:
+            assert launch == portable and launch["kernel"] == "norm_dense_narrow_rows"
+            assert launch["grid"][0] * 2 * rows_a_block >= rows and threads >= vectors
+            assert threads * rows_a_block in (32, 64, 128, 256)
+        elif hidden % vector % (vector // 2) == 0 and 32 < vectors <= (8192 if hidden % vector == 0 else 1024):
+            assert launch["kernel"] == "norm_dense_rows" and launch["shared_memory"] == 0
+            assert threads % 32 == 0 and threads <= 512 and 2 * threads * blocks >= vectors
+            assert (blocks == 1) == (vectors <= 1024) and blocks <= 8
+            assert portable == launch if blocks == 1 else portable["kernel"] == "norm_rows"
+        else:
+            assert launch["kernel"] in ("norm_rows", "norm_narrow_rows")
 
 
 def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
@@ -313,8 +339,10 @@ def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
         assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 320
         return str(launch["kernel"])
 
-    vector, scalar = "qk_rmsnorm_rope_vector", "qk_rmsnorm_rope_scalar"
-    assert {kernel(d, d // 2) for d in (16, 64, 80, 96, 128, 256)} == {vector}
-    assert kernel(128, 32) == kernel(96, 32) == kernel(128, 64, torch.float32) == vector
+    dense, vector, scalar = (f"qk_rmsnorm_rope_{name}" for name in ("dense", "vector", "scalar"))
+    assert {kernel(d, d // 2) for d in (16, 32, 64, 128, 256)} == {dense}
+    assert kernel(128, 64, torch.float32) == dense
+    assert kernel(80, 40) == kernel(96, 48) == kernel(128, 32) == kernel(96, 32) == vector
+    assert kernel(128, 64, interleaved=True) == vector
     assert kernel(256, 128, torch.float32) == kernel(264, 132) == kernel(8, 4) == kernel(96, 36) == scalar
     assert kernel(8, 4, interleaved=True) == kernel(96, 36, interleaved=True) == vector
