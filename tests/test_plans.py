@@ -311,20 +311,22 @@ def test_norms_hold_their_rows(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", ["rmsnorm", "add_rmsnorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_of_rows_without_gaps(op: str, dtype: torch.dtype) -> None:
-    """Two vectors a thread, or one and one of the residual; wide rows are spread over a cluster where there are any."""
+    """Up to four loads a thread; wide rows are spread over a cluster where there are any."""
     vector = 16 // dtype.itemsize
-    for rows, hidden in itertools.product((1, 5000), NORM_WIDTHS):
+    for rows, hidden in itertools.product((1, 1000, 5000), (*NORM_WIDTHS, 512, 1024)):
         x = torch.empty(rows, hidden, dtype=dtype)
         launch, portable = (norm_launch(gpu, op, x) for gpu in (H200, A100))
         threads, rows_a_block, _ = launch["block"]
-        vectors, blocks = -(-hidden // vector), launch["grid"][0] // rows
-        if hidden % vector == 0 and vectors <= 32:
-            assert launch == portable and launch["kernel"] == "norm_dense_narrow_rows"
-            assert launch["grid"][0] * 2 * rows_a_block >= rows and threads >= vectors
-            assert threads * rows_a_block in (32, 64, 128, 256)
-        elif hidden % vector % (vector // 2) == 0 and 32 < vectors <= (8192 if hidden % vector == 0 else 1024):
+        vectors, whole, blocks = -(-hidden // vector), hidden % vector == 0, launch["grid"][0] // rows
+        if whole and vectors <= 128:
+            assert launch == portable
+            assert launch["kernel"] == ("norm_dense_narrow_rows" if vectors <= 32 else "norm_dense_warp_rows")
+            assert launch["grid"][0] * (2 if vectors <= 32 else 1) * rows_a_block >= rows
+            assert threads * rows_a_block in (32, 64, 128, 256) and threads * 4 >= vectors
+        elif hidden % (vector // 2) == 0 and 32 < vectors <= (8192 if whole else 1024):
             assert launch["kernel"] == "norm_dense_rows" and launch["shared_memory"] == 0
-            assert threads % 32 == 0 and threads <= 512 and 2 * threads * blocks >= vectors
+            held = 4 if op == "rmsnorm" and whole and vectors > 512 else 2
+            assert threads % 32 == 0 and threads <= 1024 // held and threads * blocks * held >= vectors
             assert (blocks == 1) == (vectors <= 1024) and blocks <= 8
             assert portable == launch if blocks == 1 else portable["kernel"] == "norm_rows"
         else:
