@@ -9,8 +9,8 @@ namespace gqa::cuda::prefill_sm90 {
 template <int kDim_, int kKeys_, int kGroups_>
 struct PrefillTile {
   static constexpr int kDim = kDim_, kKeys = kKeys_;
-  static constexpr int kGroups = kGroups_;      // computing warpgroups
-  static constexpr int kStages = 2;             // blocks of keys, and of values, on their way
+  static constexpr int kGroups = kGroups_;  // computing warpgroups
+  static constexpr int kStages = 2;         // blocks of keys, and of values, on their way
   static constexpr int kQueries = PrefillShape{kDim, kKeys, kGroups}.queries();  // tiles of queries
   static constexpr int kEarly = 2;              // products of values that are left when a warpgroup passes its turn on
   static constexpr bool kQuick = kGroups == 2;  // softmax without maxima; three warpgroups lack the registers
