@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cuda/rmsnorm/dense_rows.cuh"
+#include "cuda/rmsnorm/warp_rows.cuh"
 
 namespace gqa::cuda {
 namespace {
