@@ -253,8 +253,8 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
   // No row of this warpgroup sees the tile's last block.
   const auto skips = [&](const PrefillWork &work) {
     const int block = work.end_block - 1;
-    return uniform(block > work.first_block &&
-                   seen_end(a, work, work.row0 + 64 * group + 63) <= block * Tile::kKeys) != 0;
+    return uniform(block > work.first_block && seen_end(a, work, work.row0 + 64 * group + 63) <= block * Tile::kKeys) !=
+           0;
   };
   RingPosition<kWorkPlaces> work_at;
   RingPosition<Tile::kQueries> query_at;
