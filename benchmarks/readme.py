@@ -1,4 +1,4 @@
-"""``python -m benchmarks.readme`` writes the README's tables and its picture from benchmarks/results.
+"""``python -m benchmarks.readme`` writes the README's tables and picture and a notebook from the last run's results.
 
 No number is typed by hand.
 """
@@ -6,6 +6,8 @@ No number is typed by hand.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,4 @@ def replaced(text: str) -> str:
 if __name__ == "__main__":
     README.write_text(replaced(README.read_text()))
     picture.PICTURE.write_text(picture.render())
+    subprocess.run([sys.executable, ROOT / "examples/notebooks/execute.py", "04_benchmarks.ipynb"], check=True)

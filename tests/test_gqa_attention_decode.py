@@ -194,12 +194,14 @@ def test_p1_num_splits(guard: Guard, dtype: torch.dtype, page_size: int | None) 
             case.check(run_cached(case, guard, cache, decode=True, num_splits=num_splits), f"{num_splits} splits")
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_p15_batch_invariant(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
+def test_p15_batch_invariant(guard: Guard, dtype: torch.dtype, page_size: int | None, head_dim: int) -> None:
     """A row's bytes do not depend on its neighbours, their order or number, or the capacity of the cache."""
     lengths = [(2, cached, 2) for cached in (700, 3, 129, 0, 64, 255, 1, 500)]
-    case = make_case(lengths, dtype=dtype, heads=(8, 2), rotary=make_rotary(64, 1024))
+    head_dim = head_dim if guard.device == "cuda" else 32
+    case = make_case(lengths, dtype=dtype, heads=(8, 2), head_dim=head_dim, rotary=make_rotary(head_dim, 1024))
 
     def run(order: list[int], capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         part = case.pick(order)

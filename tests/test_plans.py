@@ -120,7 +120,8 @@ def test_lengths_are_never_read(batch_invariant: bool) -> None:
 def test_batch_invariant_splits_do_not_depend_on_the_batch() -> None:
     counts = {splits(decode(batch, 8192, batch_invariant=True)) for batch in (1, 2, 5, 64, 300)}
     assert len(counts) == 1
-    assert len({splits(decode(batch, 8192)) for batch in (1, 2, 5, 64, 300)}) > 1
+    assert {cluster(decode(batch, 8192, batch_invariant=True)) for batch in (1, 64)} == counts
+    assert len({splits(decode(batch, 2048)) for batch in (1, 2, 5, 64, 300)}) > 1
 
 
 def test_given_splits_are_taken() -> None:
@@ -156,11 +157,14 @@ def cluster(plan: dict[str, object]) -> int:
         ((32, 8), 1, 16384, 8, 256),
         ((32, 8), 1, 32768, 16, 128),
         ((28, 4), 1, 8192, 16, 128),
-        ((32, 8), 8, 4096, 4, 128),
+        ((32, 8), 8, 4096, 2, 128),
         ((32, 8), 16, 2048, 2, 128),
-        ((32, 8), 64, 4096, 2, 256),
-        ((32, 8), 256, 4096, 1, 256),
+        ((32, 8), 64, 2048, 2, 256),
+        ((32, 8), 256, 2048, 1, 256),
         ((32, 8), 1, 256, 2, 256),
+        ((32, 8), 16, 32768, 16, 128),
+        ((64, 8), 3, 20000, 16, 128),
+        ((32, 8), 64, 8192, 8, 128),
     ],
 )
 def test_clusters(heads: tuple[int, int], batch: int, capacity: int, blocks: int, threads: int) -> None:
@@ -191,7 +195,6 @@ def test_clusters_take_what_they_were_built_for() -> None:
     refused = [
         decode(2, 4096, seqlen=5, heads=(16, 4)),
         decode(2, 4096, num_splits=3),
-        decode(2, 4096, batch_invariant=True),
         decode(2, 4096, gpu="A100"),
         small({**H200, "num_sms": 60}, torch.bfloat16),
         small(H200, torch.float32),
@@ -280,26 +283,54 @@ def test_the_portable_sampler_can_be_asked_for() -> None:
     assert plan_for(H200, "sample", torch.zeros(4, 1000))["launches"][0]["kernel"] == "sample_row"
 
 
-def test_norms_hold_their_rows() -> None:
+def norm_launch(gpu: dict[str, int], op: str, x: Tensor) -> dict[str, object]:
+    weight = torch.empty(x.shape[-1], dtype=x.dtype)
+    (launch,) = plan_for(gpu, op, *[x] * (2 if op == "add_rmsnorm" else 1), weight)["launches"]
+    return launch
+
+
+NORM_WIDTHS = (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536)
+
+
+@pytest.mark.parametrize("op", ["rmsnorm", "add_rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_hold_their_rows(op: str, dtype: torch.dtype) -> None:
     """A row's vectors fit its threads' registers, 4 each, or registers and shared memory together, up to 65536 wide."""
-    for op, dtype, rows, hidden in itertools.product(
-        ("rmsnorm", "add_rmsnorm"),
-        (torch.float32, torch.bfloat16),
-        (1, 5000),
-        (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536),
-    ):
-        x = torch.zeros(1, 1, dtype=dtype).expand(rows, hidden)
-        weight = torch.zeros(hidden, dtype=dtype)
-        plan = plan_for(H200, op, *[x] * (2 if op == "add_rmsnorm" else 1), weight)
-        (launch,) = plan["launches"]
+    for rows, hidden in itertools.product((2, 5000), NORM_WIDTHS):
+        launch = norm_launch(H200, op, torch.empty(1, hidden, dtype=dtype).expand(rows, hidden))
         threads, rows_a_block, _ = launch["block"]
-        vectors = -(-hidden * x.itemsize // 16)
+        vectors = -(-hidden * dtype.itemsize // 16)
         assert launch["kernel"] == ("norm_narrow_rows" if vectors <= 32 else "norm_rows")
         assert launch["grid"][0] * rows_a_block >= rows and threads * rows_a_block <= 1024
         assert (threads * rows_a_block) % 32 == 0
         held = 1 if vectors <= 32 else 4
         beyond = max(0, vectors - held * threads) * 16
         assert launch["shared_memory"] >= (beyond if beyond < 90000 else 0) and launch["shared_memory"] <= 96 * 1024
+
+
+@pytest.mark.parametrize("op", ["rmsnorm", "add_rmsnorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_rows_without_gaps(op: str, dtype: torch.dtype) -> None:
+    """Up to four loads a thread; wide rows are spread over a cluster where there are any."""
+    vector = 16 // dtype.itemsize
+    for rows, hidden in itertools.product((1, 1000, 5000), (*NORM_WIDTHS, 512, 1024)):
+        x = torch.empty(rows, hidden, dtype=dtype)
+        launch, portable = (norm_launch(gpu, op, x) for gpu in (H200, A100))
+        threads, rows_a_block, _ = launch["block"]
+        vectors, whole, blocks = -(-hidden // vector), hidden % vector == 0, launch["grid"][0] // rows
+        if whole and vectors <= 128:
+            assert launch == portable
+            assert launch["kernel"] == ("norm_dense_narrow_rows" if vectors <= 32 else "norm_dense_warp_rows")
+            assert launch["grid"][0] * (2 if vectors <= 32 else 1) * rows_a_block >= rows
+            assert threads * rows_a_block in (32, 64, 128, 256) and threads * 4 >= vectors
+        elif hidden % (vector // 2) == 0 and 32 < vectors <= (8192 if whole else 1024):
+            assert launch["kernel"] == "norm_dense_rows" and launch["shared_memory"] == 0
+            held = 4 if op == "rmsnorm" and whole and vectors > 512 else 2
+            assert threads % 32 == 0 and threads <= 1024 // held and threads * blocks * held >= vectors
+            assert (blocks == 1) == (vectors <= 1024) and blocks <= 8
+            assert portable == launch if blocks == 1 else portable["kernel"] == "norm_rows"
+        else:
+            assert launch["kernel"] in ("norm_rows", "norm_narrow_rows")
 
 
 def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
@@ -310,8 +341,10 @@ def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
         assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 320
         return str(launch["kernel"])
 
-    vector, scalar = "qk_rmsnorm_rope_vector", "qk_rmsnorm_rope_scalar"
-    assert {kernel(d, d // 2) for d in (16, 64, 80, 96, 128, 256)} == {vector}
-    assert kernel(128, 32) == kernel(96, 32) == kernel(128, 64, torch.float32) == vector
+    dense, vector, scalar = (f"qk_rmsnorm_rope_{name}" for name in ("dense", "vector", "scalar"))
+    assert {kernel(d, d // 2) for d in (16, 32, 64, 128, 256)} == {dense}
+    assert kernel(128, 64, torch.float32) == dense
+    assert kernel(80, 40) == kernel(96, 48) == kernel(128, 32) == kernel(96, 32) == vector
+    assert kernel(128, 64, interleaved=True) == vector
     assert kernel(256, 128, torch.float32) == kernel(264, 132) == kernel(8, 4) == kernel(96, 36) == scalar
     assert kernel(8, 4, interleaved=True) == kernel(96, 36, interleaved=True) == vector

@@ -92,10 +92,11 @@ def test_matches_transformers(guard: Guard, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rotary_dim", [48, 64])
+def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype, rotary_dim: int) -> None:
     q, k = torch.randn(3, 5, 4, 64).to(dtype), torch.randn(3, 5, 2, 64).to(dtype)
     weights = guard.randn(64, dtype=dtype), guard.randn(64, dtype=dtype)
-    cos, sin = tables(guard, 48, 5)
+    cos, sin = tables(guard, rotary_dim, 5)
     expected = qk_rmsnorm_rope(guard.place(q), guard.place(k), *weights, cos, sin)
     fused = guard.place(torch.cat([q, k, k], 2))
     assert_same(qk_rmsnorm_rope(fused[:, :, :4], fused[:, :, 4:6], *weights, cos, sin), expected)

@@ -111,7 +111,7 @@ def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [7, 32, 128, 200, 896, 2048, 4096, 4100, 5120, 8200, 18944, 40000])
+@pytest.mark.parametrize("hidden", [7, 32, 128, 200, 896, 2048, 4096, 4100, 5120, 8192, 8200, 18944, 40000, 65536])
 def test_p29_a_row_decides_its_bytes_alone(guard: Guard, dtype: torch.dtype, hidden: int) -> None:
     """Neither how many rows there are, nor where they lie, nor the dtype of equal weights."""
     rows = 300 if hidden < 10000 else 3
@@ -125,6 +125,9 @@ def test_p29_a_row_decides_its_bytes_alone(guard: Guard, dtype: torch.dtype, hid
         elsewhere = guard.place(x, offset=offset)
         assert same_bytes(rmsnorm(elsewhere, weight, EPS), out), offset
         assert_same(add_rmsnorm(elsewhere, residual, weight, EPS), (normed, total), str(offset))
+    apart = guard.place(torch.cat([x, x], -1))[:, :hidden]
+    assert same_bytes(rmsnorm(apart, weight, EPS), out)
+    assert_same(add_rmsnorm(apart, residual, weight, EPS), (normed, total))
     one_cast = rmsnorm(x, weight.float(), EPS, cast_before_weight=False)
     assert same_bytes(one_cast, rmsnorm(x, weight, EPS, cast_before_weight=False))
 

@@ -441,8 +441,10 @@ def test_plan_takes_vectors_where_all_is_aligned() -> None:
         return dict(only)
 
     aligned = launch(q, k, cos, cos)
-    assert (aligned["kernel"], aligned["grid"][0] * aligned["block"][2] >= 18) == ("rope_vector", True)
+    assert (aligned["kernel"], aligned["grid"][0] * aligned["block"][2] >= 18) == ("rope_dense", True)
+    assert launch(torch.cat([q, k], 2)[:, :, :6], k, cos, cos)["kernel"] == "rope_dense"
     assert launch(q.transpose(1, 2).contiguous().transpose(1, 2), None, cos, cos)["kernel"] == "rope_vector"
+    assert launch(q, torch.cat([k, k])[::2], cos, cos)["kernel"] == "rope_vector"
     assert launch(q, k, cos[:, :60], cos[:, :60])["kernel"] == "rope_vector"  # 60 pairs of float32 are 15 vectors
     assert launch(q.half(), k.half(), cos[:, :60], cos[:, :60])["kernel"] == "rope_scalar"
     misaligned = torch.zeros(2 * 9 * 6 * 128 + 1)[1:].view(2, 9, 6, 128)
@@ -452,6 +454,7 @@ def test_plan_takes_vectors_where_all_is_aligned() -> None:
         plan = launch(torch.zeros(1, 3, heads, dim), None, torch.zeros(3, dim // 2), torch.zeros(3, dim // 2))
         x, y, z = plan["block"]
         assert x * y * z <= 320 and z <= 64 and plan["grid"][0] * z >= 3
+        assert (plan["kernel"] == "rope_dense") == (dim >= 64 or dim == 8) and plan["grid"][1] * y >= heads
 
 
 def test_p23_graph_replay(gpu: str) -> None:

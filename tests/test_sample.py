@@ -92,6 +92,27 @@ def test_largest_sums(guard: Guard, vocab: int) -> None:
 
 
 @on_every_kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_filters_end(guard: Guard, dtype: torch.dtype) -> None:
+    """Among few tokens or many, equal ones, steps down to zero, or all within one bin."""
+    vocab = 20001
+    index = torch.arange(vocab)
+    normal = torch.randn(vocab, generator=torch.Generator().manual_seed(3))
+    rows = {
+        "one value and a few more": (index % 1000 == 7).float(),
+        "one value and one more": 5.0 + (index == 5).float(),
+        "powers of two": torch.where(index % 2 == 0, 0.02, -0.02) * 0.5 ** (index % 90).float(),
+        "a narrow range": 1e-3 * normal,
+        "half forbidden": torch.where(index % 2 == 0, 0.01 * normal, -INF),
+        "some dozens of tokens": 8.0 * normal,
+        "some hundreds of tokens": 3.0 * normal,
+    }
+    for row in rows.values():
+        for settings in ({"top_k": 60}, {"top_k": 130}, {"top_k": 3000, "top_p": 0.5}, {"top_p": 0.9, "min_p": 0.02}):
+            assert_defined(guard, guard.place(row.to(dtype)), 4, 5, **settings)
+
+
+@on_every_kernel
 def test_extreme_logits(guard: Guard) -> None:
     """Overflowing differences, denormals, temperatures at the ends of float32."""
     largest = float(np.finfo(np.float32).max)

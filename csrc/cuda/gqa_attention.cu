@@ -149,7 +149,7 @@ struct SplitSums {
       for (int i = 0; i < kSplitsAtOnce; ++i) {
         const float weight = exp2_fast(sums[i].x - base);
         sum += __fmul_rn(weight, sums[i].y);  // not fused: rows alone or shared out add the same products
-        if (!(sums[i].y > 0)) continue;  // nothing was written; NaN shows in the sum
+        if (!(sums[i].y > 0)) continue;       // nothing was written; NaN shows in the sum
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           out[j][0] += __fmul_rn(weight, fours[i][j].x);

@@ -1,16 +1,13 @@
 // qk_rmsnorm_rope: each head of q and k normalised by its weight and rounded, then rotated: rope(rmsnorm(q),
-// rmsnorm(k)). Vector kernel: x is the lanes of a head, a vector of 16 bytes each, y heads, z tokens. Scalar kernel: a
-// warp a head. Memory order: position, a vector with its weight, cos and sin, then out; the halves of a pair
-// meet by shuffle, in the scalar kernel in shared memory. Starts while the kernel before it ends. Limits: the scalar
-// kernel takes any head that fits its shared memory. Determinism: squares are summed in the order of square_sum.cuh and
-// the rotation rounds as rope's does, so the bytes are those of the two ops; in place equals out of place.
+// rmsnorm(k)). Here what rope_dense.cuh does not serve. Vector kernel: x is the lanes of a head, a vector of 16 bytes
+// each, y heads, z tokens. Scalar kernel: a warp a head. Memory order: position, a vector with its weight, cos and sin,
+// then out; the halves of a pair meet by shuffle, in the scalar kernel in shared memory. Starts while the kernel before
+// it ends. Limits: the scalar kernel takes any head that fits its shared memory. Determinism: squares are summed in the
+// order of square_sum.cuh and the rotation rounds as rope's does, so the bytes are those of the two ops; in place
+// equals out of place.
 #include "plan/qk_rmsnorm_rope.h"
 
-#include "common/attention.h"
-#include "common/rotate.h"
-#include "cuda/common/norm_scale.cuh"
-#include "cuda/common/programmatic_launch.cuh"
-#include "cuda/common/square_sum.cuh"
+#include "cuda/common/rope_dense.cuh"
 
 namespace gqa::cuda {
 namespace {
@@ -173,6 +170,16 @@ template <typename T, typename W, typename C>
 gqa_status run(const Params *p, const gqa_launch &plan, cudaStream_t stream) {
   const float inverse_dim = 1.0f / static_cast<float>(p->head_dim);
   const RopeVariant variant = RopeVariant::decode(plan.variant);
+  if (variant.dense) {
+    DenseRope<T> dense = dense_rope<T>(*p, variant);
+    dense.q_weight = p->q_weight;
+    dense.k_weight = p->k_weight;
+    dense.inverse_dim = inverse_dim;
+    dense.eps = p->eps;
+    dense.weight_offset = p->weight_offset;
+    dense.cast_before_weight = p->cast_before_weight != 0;
+    return launch_programmatic(rope_dense<T, W, C, false>, plan, stream, dense);
+  }
   if (!variant.vectors) return launch_programmatic(qk_rmsnorm_rope_scalar<T, W, C>, plan, stream, *p, inverse_dim);
   auto *kernel = p->rotary.interleaved ? qk_rmsnorm_rope_vector<T, W, C, true> : qk_rmsnorm_rope_vector<T, W, C, false>;
   return launch_programmatic(kernel, plan, stream, *p, inverse_dim, variant.past_cache);

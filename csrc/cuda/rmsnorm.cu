@@ -1,4 +1,5 @@
 // rmsnorm and add_rmsnorm: out = x * rsqrt(mean(x^2) + eps) * (weight + offset), after x + residual for the latter.
+// Here what dense_rows.cuh does not serve: strided rows, odd widths and alignments, weights of another dtype.
 // A row is taken by blockDim.x threads that keep it in registers, up to 4 vectors of 16 bytes each, blockDim.x apart,
 // and the rest of it in shared memory; narrow rows share a block, blockDim.y of them.
 // Memory order: x (and residual) once, the sum out, weight, out. Starts while the kernel before it ends.
@@ -9,9 +10,7 @@
 
 #include <type_traits>
 
-#include "cuda/common/norm_scale.cuh"
-#include "cuda/common/programmatic_launch.cuh"
-#include "cuda/common/square_sum.cuh"
+#include "cuda/rmsnorm/dense_rows.cuh"
 
 namespace gqa::cuda {
 namespace {
@@ -65,15 +64,6 @@ __device__ void have_scale_ready(const Params &p, float inverse_hidden, bool pas
   have_ready(static_cast<int>(past_cache));
 }
 
-template <typename T>
-__device__ Vec<T> sum(const Vec<T> &a, const Vec<T> &b) {
-  Floats<T> x = widen(a);
-  const Floats<T> y = widen(b);
-#pragma unroll
-  for (int i = 0; i < Vec<T>::kSize; ++i) x.value[i] += y.value[i];
-  return narrow(x);
-}
-
 // x, or x + residual rounded to T and written out, of kCount vectors of a row `step` apart: all loads, then all stores.
 // Zeros past the end of the row: no branch then parts a load from the next.
 template <int kChunk, int kCount, typename T, typename W, typename Params>
@@ -94,7 +84,7 @@ __device__ void load_inputs(const Row<T, W, Params> &row, int first, int step, b
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      vecs[i] = sum(vecs[i], residual[i]);
+      vecs[i] = sum_of(vecs[i], residual[i]);
       if (first + i * step < row.hidden) {
         store<kChunk>(row.residual_out, first + i * step, row.hidden, vecs[i], past_cache);
       }
@@ -214,12 +204,50 @@ gqa_status launch_rows(const Params &p, const gqa_launch &plan, cudaStream_t str
   return launch_programmatic(kernel, plan, stream, p, inverse_hidden, v.few_rows, v.past_cache, v.keeps);
 }
 
+template <typename T, typename Params>
+gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t stream) {
+  const NormVariant v = NormVariant::decode(plan.variant);
+  DenseNorm<T> dense{};
+  dense.weight = static_cast<const T *>(p.weight);
+  dense.x = static_cast<const T *>(p.x);
+  dense.out = static_cast<T *>(p.out);
+  if constexpr (kAdds<Params>) {
+    dense.residual = static_cast<const T *>(p.residual);
+    dense.residual_out = static_cast<T *>(p.residual_out);
+  }
+  dense.hidden = static_cast<int32_t>(p.hidden);
+  dense.inverse_hidden = 1.0f / static_cast<float>(p.hidden);
+  dense.eps = p.eps;
+  dense.weight_offset = p.weight_offset;
+  dense.cast_before_weight = p.cast_before_weight != 0;
+  dense.few_rows = v.few_rows;
+  dense.past_cache = v.past_cache;
+  constexpr bool kAdd = kAdds<Params>;
+  const int rows = static_cast<int>(p.rows[0] * p.rows[1]);
+  if (v.held == 0) {
+    auto *kernel = plan.block[0] == 32 && dense.hidden > 32 * Vec<T>::kSize ? norm_dense_warp_rows<kAdd, T>
+                                                                            : norm_dense_narrow_rows<kAdd, T>;
+    return launch_programmatic(kernel, plan, stream, dense, rows);
+  }
+  if (v.cluster > 1) {
+    auto *kernel = norm_dense_rows < true, kAdd ? 2 : 4, true, kAdd, T > ;
+    if (kAdd && v.held == 1) kernel = norm_dense_rows < true, kAdd ? 1 : 4, true, kAdd, T > ;
+    return launch_programmatic_clusters(kernel, plan, v.cluster, stream, dense);
+  }
+  auto *kernel = norm_dense_rows<true, 2, false, kAdd, T>;
+  if (v.chunk != Vec<T>::kSize) kernel = norm_dense_rows<false, 2, false, kAdd, T>;
+  if (v.held == 1) kernel = norm_dense_rows<true, 1, false, kAdd, T>;
+  if (!kAdd && v.held == 4) kernel = norm_dense_rows < true, kAdd ? 2 : 4, false, kAdd, T > ;
+  return launch_programmatic(kernel, plan, stream, dense);
+}
+
 template <typename Params>
 gqa_status run(const Params *p, const gqa_plan &plan, cudaStream_t stream) {
   if (plan.num_launches == 0) return GQA_STATUS_OK;
   return dispatch_float(p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     constexpr int kVector = Vec<T>::kSize;
+    if (NormVariant::decode(plan.launches[0].variant).dense) return launch_dense<T>(*p, plan.launches[0], stream);
     const auto by_weight = [&](auto chunk) {
       constexpr int kChunk = decltype(chunk)::value;
       return p->weight_dtype == p->dtype ? launch_rows<kChunk, T, T>(*p, plan.launches[0], stream)
@@ -239,13 +267,17 @@ extern "C" {
 
 gqa_status gqa_rmsnorm_cuda(const gqa_rmsnorm_params *p, CUstream_st *stream) {
   gqa_plan plan;
-  GQA_RETURN_IF_ERROR(gqa_rmsnorm_plan(p, nullptr, &plan));
+  gqa_device device;
+  GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
+  GQA_RETURN_IF_ERROR(gqa_rmsnorm_plan(p, &device, &plan));
   return gqa::cuda::run(p, plan, stream);
 }
 
 gqa_status gqa_add_rmsnorm_cuda(const gqa_add_rmsnorm_params *p, CUstream_st *stream) {
   gqa_plan plan;
-  GQA_RETURN_IF_ERROR(gqa_add_rmsnorm_plan(p, nullptr, &plan));
+  gqa_device device;
+  GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
+  GQA_RETURN_IF_ERROR(gqa_add_rmsnorm_plan(p, &device, &plan));
   return gqa::cuda::run(p, plan, stream);
 }
 

@@ -1,15 +1,10 @@
 // rope: rotates each head of q and k by the angles of its token; pairs are (i, i + dim / 2) or (2i, 2i + 1).
-// A block is one token or a few: x walks a head by units of 1 or 16 bytes' worth of pairs, y heads, z tokens.
-// Memory order: position, then a head's unit with cos and sin, then the unit written. Starts while the kernel before it
-// ends. Limits: any head_dim, strides and alignment; what is not whole aligned 16-byte vectors takes the scalar
-// instance. Determinism: no reductions, each product rounds by itself; bitwise repeatable, in place equals out of
-// place.
-#include "plan/rope.h"
-
-#include "common/attention.h"
-#include "common/rotate.h"
-#include "cuda/common/pack.cuh"
-#include "cuda/common/programmatic_launch.cuh"
+// Here what rope_dense.cuh does not serve. A block is one token or a few: x walks a head by units of 1 or 16 bytes'
+// worth of pairs, y heads, z tokens. Memory order: position, then a head's unit with cos and sin, then the unit
+// written. Starts while the kernel before it ends. Limits: any head_dim, strides and alignment; what is not whole
+// aligned 16-byte vectors takes the scalar instance. Determinism: no reductions, each product rounds by itself; bitwise
+// repeatable, in place equals out of place.
+#include "cuda/common/rope_dense.cuh"
 
 namespace gqa::cuda {
 namespace {
@@ -148,6 +143,10 @@ gqa_status run(const gqa_rope_params *p, const gqa_launch &plan, cudaStream_t st
   auto *vector = interleaved ? rope_kernel<T, C, kVector, true> : rope_kernel<T, C, kVector, false>;
   auto *scalar = interleaved ? rope_kernel<T, C, 1, true> : rope_kernel<T, C, 1, false>;
   const RopeVariant variant = RopeVariant::decode(plan.variant);
+  if (variant.dense) {
+    auto *dense = interleaved ? rope_dense<T, void, C, true> : rope_dense<T, void, C, false>;
+    return launch_programmatic(dense, plan, stream, dense_rope<T>(*p, variant));
+  }
   return launch_programmatic(variant.vectors ? vector : scalar, plan, stream, *p, variant.few_tokens,
                              variant.past_cache);
 }

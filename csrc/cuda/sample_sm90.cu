@@ -17,12 +17,12 @@ namespace {
 #define GQA_SAMPLE_SM90
 #endif
 
-// The largest of the blocks' values, in every warp; the controllers send them.
-[[maybe_unused]] __device__ __forceinline__ uint32_t row_max(const Exchange &exchange, bool sends, uint32_t of_block,
-                                                             uint32_t *of_blocks, Message message) {
+// The largest of the blocks' values, half by half, in every warp; the controllers send them.
+[[maybe_unused]] __device__ __forceinline__ u64 row_ends(const Exchange &exchange, bool sends, u64 of_block,
+                                                         u64 *of_blocks, Message message) {
   if (sends && lane() < exchange.blocks) exchange.send(lane(), of_blocks + exchange.rank, message, of_block);
   exchange.receive(message);
-  return __reduce_max_sync(kAll, lane() < exchange.blocks ? of_blocks[lane()] : 0);
+  return max_of_halves(lane() < exchange.blocks ? of_blocks[lane()] : 0);
 }
 
 // kAdjusted: with penalties, a bias or a bitmask.
@@ -48,9 +48,14 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
   Part<Held, kThreads> part(aligned_like, static_cast<int>(p.vocab), exchange.rank, exchange.log_blocks(), cells + 1);
   Worker<Held, kThreads> worker(exchange, part, &shared, cells);
   if (controls) {
-    uint32_t edges = 0;
-    if constexpr (!kAdjusted) edges = __reduce_max_sync(kAll, part.load_edges().key());
-    if (lane() == 0) shared.of_warp[kThreads / 32] = edges, shared.settings = load_settings(p, of_call, at);
+    u64 edges = 0;
+    if constexpr (!kAdjusted) edges = max_of_halves(part.load_edges().ends());
+    if (lane() == 0) {
+      shared.of_warp[kThreads / 32] = edges;
+      shared.listed = 0;
+      shared.settings = load_settings(p, of_call, at);
+      shared.random = load_random(p, at);
+    }
   } else {
     worker.load([&](auto &&meanwhile) {
       if constexpr (!kAdjusted) return part.load(meanwhile);
@@ -59,13 +64,14 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
   }
   __syncthreads();
   cluster_wait();
-  uint32_t of_block = controls ? __reduce_max_sync(kAll, lane() <= kThreads / 32 ? shared.of_warp[lane()] : 0) : 0;
-  Top top{row_max(exchange, controls, of_block, shared.maxima, kMaxima), false};
+  u64 of_block = controls ? max_of_halves(lane() <= kThreads / 32 ? shared.of_warp[lane()] : 0) : 0;
+  const u64 ends = row_ends(exchange, controls, of_block, shared.ends, kEnds);
+  Top top{static_cast<uint32_t>(ends >> 32), false};
   if (top.key == kAll) {
     if (!controls) worker.find_numbers();
     __syncthreads();
-    of_block = controls ? __reduce_max_sync(kAll, lane() < kThreads / 32 ? shared.of_warp[lane()] : 0) : 0;
-    top = {row_max(exchange, controls, of_block, shared.numbers, kNumbers), true};
+    of_block = controls ? max_of_halves(lane() < kThreads / 32 ? shared.of_warp[lane()] : 0) : 0;
+    top = {static_cast<uint32_t>(row_ends(exchange, controls, of_block, shared.numbers, kNumbers) >> 32), true};
   }
 
   if (!controls) {
@@ -73,8 +79,8 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
     worker.serve();
     return;
   }
-  Controller<Held, kThreads> row(exchange, part, &shared, cells, top);
-  const Drawn drawn = draw(row, shared.settings, load_random(p, at), p.vocab);
+  Controller<Held, kThreads> row(exchange, part, &shared, cells, top, ~static_cast<uint32_t>(ends));
+  const Drawn drawn = row.decide(shared.settings, p.vocab);
   if (!row.writes() || lane() != 0) return;
   p.ids[at] = drawn.id;
   if (p.valid != nullptr) p.valid[at] = drawn.valid;

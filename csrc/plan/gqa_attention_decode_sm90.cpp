@@ -15,6 +15,9 @@ constexpr int64_t kMaxGrid = 65535;  // in y and z
 constexpr int64_t kMaxInt = 0x7fffffff - 64;
 constexpr int32_t kMinSms = 100;          // a cluster has to fit one of the device's groups of SMs
 constexpr int64_t kLongCapacity = 32768;  // keys from which more, smaller blocks are faster
+constexpr int64_t kManyLong = 4096;       // the same with many sequences
+constexpr int64_t kShare = 131072;        // elements of K of a block, from which on further blocks share them
+constexpr int64_t kInvariantBlocks = 8;
 
 std::atomic<int32_t> kernel_override{0};
 enum Override { kAutomatic, kPortable, kSm90 };
@@ -54,9 +57,33 @@ int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t 
     ++shape;
   }
   if (p->head_dim != 128 || row_tiles != 1) return shape;
-  // One large block an SM where that makes one wave of clusters of 8, or many waves; else three small ones.
+  if (p->batch_invariant) return shape + 1;
+  // One large block an SM where that makes one wave of clusters of 8, or many short waves; else three small ones.
   const bool one_wave = 24 * pairs(p) >= device->num_sms && 16 * pairs(p) <= device->num_sms && keys < kLongCapacity;
-  return one_wave || pairs(p) > 2 * device->num_sms ? shape : shape + 1;
+  const bool many_waves = pairs(p) > 2 * device->num_sms && keys < kManyLong;
+  return one_wave || many_waves ? shape : shape + 1;
+}
+
+// Blocks for a (sequence, KV head): the most that find room at once. Sequences of a batch may differ in length, so that
+// of a large cache each gets more, of which a short one lets go.
+int64_t find_cluster(const gqa_attention_params *p, const gqa_device *device, const DecodeShape &shape, int64_t keys) {
+  if (p->batch_invariant) return kInvariantBlocks;  // whatever the batch and the capacity
+  // Blocks to aim for: half an SM's worth of large ones, one an SM, or two of three small ones.
+  const int64_t sms = device->num_sms;
+  const int64_t wanted = shape.resident == 1 ? 5 * sms / 8 : (shape.resident == 2 ? 5 * sms / 4 : 15 * sms / 8);
+  const int64_t largest = shape.resident == 1 ? 8 : 16;
+  int64_t cluster = pairs(p) >= 8 * sms ? 1 : 2;  // of several sequences some are short: halves even that out
+  while (2 * cluster <= largest && 2 * cluster * pairs(p) <= wanted) cluster *= 2;
+  if (p->batch > 1 && shape.resident > 1) {
+    const bool many = pairs(p) > 2 * sms;
+    const int64_t share = (many ? kShare / 2 : kShare) / shape.dim, most = many ? 8 : 16;
+    int64_t grown = cluster;
+    while (2 * grown <= most && 2 * grown * share <= keys) grown *= 2;
+    if (grown > 4 || shape.resident == 2) cluster = grown;
+  }
+  const int64_t useful = std::max<int64_t>(1, ceil_div(keys, kTile) / shape.warps);
+  while (cluster > useful) cluster /= 2;
+  return cluster;
 }
 
 }  // namespace
@@ -69,7 +96,6 @@ const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *
   if (device->num_sms < kMinSms || !has_sm90_code()) return "clusters of blocks need a whole GPU and code for sm_90";
   if (p->dtype == GQA_DTYPE_FLOAT32) return "float32 runs on the CUDA cores, one warp per row";
   if (p->num_splits > 0) return "the number of splits was given";
-  if (p->batch_invariant) return "batch_invariant: splits follow each row's own length";
   if (query_rows(p) > kMaxRows) return "clusters of blocks take at most 16 query rows per KV head";
   if (find_shape(p, device, 0) >= kDecodeShapeCount) {
     return "clusters of blocks take head_dim 64 and 128, and 96 and 256 with at most 8 query rows per KV head";
@@ -85,17 +111,12 @@ const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *
 }
 
 DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  DecodePlan plan{find_shape(p, device, keys), 1, DecodeCache::kContiguous, false, 0};
+  DecodePlan plan{find_shape(p, device, keys), 1, 0, DecodeCache::kContiguous, false, 0};
   const DecodeShape &shape = kDecodeShapes[plan.shape];
-  // Blocks to aim for: half an SM's worth of large ones, one an SM, or two of three small ones.
-  const int64_t sms = device->num_sms;
-  const int64_t wanted = shape.resident == 1 ? sms / 2 : (shape.resident == 2 ? sms : 2 * sms);
-  const int64_t largest = shape.resident == 1 ? 8 : 16;
-  const int64_t useful = std::max<int64_t>(1, ceil_div(keys, kTile) / shape.warps);
-  int64_t cluster = pairs(p) >= 8 * sms ? 1 : 2;  // of several sequences some are short: halves even that out
-  while (2 * cluster <= largest && 4 * 2 * cluster * pairs(p) <= 5 * wanted) cluster *= 2;
-  while (cluster > useful) cluster /= 2;
+  const int64_t cluster = find_cluster(p, device, shape, keys);
   plan.cluster = static_cast<int32_t>(cluster);
+  const int32_t tiles = p->batch_invariant ? 4 : (pairs(p) > 2 * device->num_sms ? 8 : 1);
+  plan.share = tiles * shape.warps;
   if (!has_aligned_cache(p)) {
     plan.cache = DecodeCache::kAny;
   } else if (p->block_table.data != nullptr) {

@@ -29,7 +29,8 @@ constexpr int decode_fixed_memory(int dim, int warps, int stages, int row_tiles)
 
 struct DecodePlan {
   int shape;        // index into kDecodeShapes
-  int32_t cluster;  // blocks that share the keys of a sequence and KV head
+  int32_t cluster;  // blocks that share the keys of a sequence and KV head, at most
+  int32_t share;    // tiles of 16 keys that a block gets before a sequence is shared out among more
   DecodeCache cache;
   bool plain;  // the instance without new keys, rotation, window, padding, softcap and further query tokens
   int64_t shared_memory;

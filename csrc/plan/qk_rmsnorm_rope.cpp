@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "plan/plan.h"
+#include "plan/rope_dense.h"
 
 namespace gqa {
 namespace {
@@ -66,8 +66,15 @@ gqa_status gqa_qk_rmsnorm_rope_plan(const gqa_qk_rmsnorm_rope_params *p, const g
   if (tokens == 0 || heads == 0) return GQA_STATUS_OK;
   if (tokens > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   const int64_t element = gqa::dtype_size(p->dtype), vector = 16 / element;
-  const gqa::RopeVariant variant{gqa::fits_vectors(*p, vector), tokens <= gqa::kFewTokens,
-                                 2 * tokens * heads * p->head_dim * element >= gqa::kPastCache};
+  gqa::RopeVariant variant{gqa::fits_vectors(*p, vector), tokens <= gqa::kFewTokens,
+                           2 * tokens * heads * p->head_dim * element >= gqa::kPastCache, false};
+  // The lanes of a head meet by a butterfly, each with the two halves of its pairs.
+  const int64_t lanes = p->head_dim / 2 / vector;
+  variant.dense = gqa::is_dense_rope(*p, variant.vectors) && !p->rotary.interleaved && (lanes & (lanes - 1)) == 0;
+  if (variant.dense) {
+    gqa::plan_rope_dense("qk_rmsnorm_rope", "qk_rmsnorm_rope_dense", p->dtype, tokens, heads, lanes, variant, plan);
+    return GQA_STATUS_OK;
+  }
   // x is the lanes of a head: a power of two where heads share a warp.
   constexpr int64_t kThreads = 320, kFullBlock = 256, kWarps = 4;
   int64_t x = 32;

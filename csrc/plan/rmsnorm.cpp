@@ -3,17 +3,24 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "plan/plan.h"
+#include "plan/pointwise.h"
 
 namespace gqa {
 namespace {
 
 // Two rows an SM: from there on bytes in flight count for more than latency.
 constexpr int64_t kFewRowsLimit = 264;
+// Eight rows an SM: up to there rows of one vector a thread, four blocks to an SM, even out better over the SMs.
+constexpr int64_t kMediumRowsLimit = 1056;
+// Up to this many vectors a dense row is one warp's.
+constexpr int64_t kWarpVectors = 128;
 // Threads that narrow rows share a block up to.
 constexpr int64_t kThreads = 256;
 // Up to this many vectors a row takes one or two a thread.
 constexpr int64_t kLightVectors = 512;
+// Vectors of a tree of square_sum.cuh, which is what a block of a cluster takes, or two of them, of a dense row.
+constexpr int64_t kTreeVectors = 512;
+constexpr int64_t kMostBlocks = 8;  // of a cluster, on any GPU that has clusters
 // Shared memory that every GPU from sm_80 on has for a block.
 constexpr int64_t kMaxKept = 96 * 1024;
 
@@ -53,7 +60,56 @@ int64_t row_chunk(const Params *p, int64_t vector) {
 }
 
 template <typename Params>
-gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
+bool is_dense_norm(const Params &p) {
+  bool dense = p.weight_dtype == p.dtype && is_dense(p, {p.x, p.x_stride}) && is_dense(p, {p.out, p.out_stride});
+  if constexpr (std::is_same_v<Params, gqa_add_rmsnorm_params>) {
+    dense =
+        dense && is_dense(p, {p.residual, p.residual_stride}) && is_dense(p, {p.residual_out, p.residual_out_stride});
+  }
+  return dense;
+}
+
+bool has_clusters(const gqa_device *device) {
+  return device != nullptr && device->compute_capability == 90 && has_sm90_code();
+}
+
+// The kernels of dense_rows.cuh; false where they do not serve. `variant` holds what is known of it.
+template <typename Params>
+bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormVariant variant, gqa_plan *plan) {
+  const int64_t rows = p.rows[0] * p.rows[1], vector = 16 / dtype_size(p.dtype), vectors = ceil_div(p.hidden, vector);
+  const bool whole = variant.chunk == vector, narrow = vectors <= 32;
+  if (!is_dense_norm(p) || variant.chunk == 1 || (!whole && (narrow || vectors > 2 * kTreeVectors))) return false;
+  variant.dense = true;
+  const bool adds = light_held<Params>() == 1;
+  if (vectors <= kWarpVectors && whole) {
+    int64_t x = 32;
+    while (x > 1 && x / 2 >= vectors) x /= 2;
+    const int64_t y = std::max<int64_t>(32 / x, variant.few_rows ? 1 : kThreads / x), rows_each = narrow ? 2 : 1;
+    variant.held = 0;
+    add_launch(plan, make_launch(op, narrow ? "norm_dense_narrow_rows" : "norm_dense_warp_rows", p.dtype,
+                                 {ceil_div(rows, rows_each * y)}, {x, y}, 0, variant.encode()));
+    plan->reason = "a row without gaps fits the registers of one warp";
+    return true;
+  }
+  variant.held = !whole ? 2 : vectors > kTreeVectors ? (adds ? 2 : 4) : adds || rows <= kMediumRowsLimit ? 1 : 2;
+  int64_t threads = ceil_div(ceil_div<int64_t>(vectors, variant.held), int64_t{32}) * 32;
+  if (vectors > 2 * kTreeVectors) {
+    const int64_t trees = ceil_div(vectors, kTreeVectors), trees_a_block = ceil_div(trees, kMostBlocks);
+    if (!has_clusters(device) || trees_a_block > 2) return false;
+    variant.held = !adds ? 4 : static_cast<int>(trees_a_block);
+    variant.cluster = static_cast<int>(ceil_div(trees, trees_a_block));
+    threads = trees_a_block * kTreeVectors / variant.held;
+  }
+  const int64_t blocks = rows * std::max(variant.cluster, 1);
+  if (blocks > INT32_MAX) return false;
+  add_launch(plan, make_launch(op, "norm_dense_rows", p.dtype, {blocks}, {threads}, 0, variant.encode()));
+  plan->reason = variant.cluster > 1 ? "a row without gaps is spread over the blocks of a cluster"
+                                     : "a row without gaps is spread over the threads of a block";
+  return true;
+}
+
+template <typename Params>
+gqa_status plan_rows(const char *op, const Params *p, const gqa_device *device, gqa_plan *plan) {
   GQA_RETURN_IF_ERROR(check_params(p));
   *plan = {};
   const int64_t rows = p->rows[0] * p->rows[1];
@@ -68,6 +124,7 @@ gqa_status plan_rows(const char *op, const Params *p, gqa_plan *plan) {
   const int64_t most = most_threads(variant.held, variant.chunk == vector && light_held<Params>() == 2);
   variant.few_rows = rows <= kFewRowsLimit;
   variant.past_cache = rows * p->hidden * element * tensors >= kPastCache;
+  if (plan_dense(op, *p, device, variant, plan)) return GQA_STATUS_OK;
   // x threads take a row: a power of two where they are less than a warp. Many narrow rows share a block.
   int64_t x = 32;
   while (x > 1 && x / 2 >= vectors) x /= 2;
@@ -101,12 +158,12 @@ extern "C" {
 int64_t gqa_rmsnorm_rows(const gqa_rmsnorm_params *p) { return p->rows[0] * p->rows[1]; }
 int64_t gqa_add_rmsnorm_rows(const gqa_add_rmsnorm_params *p) { return p->rows[0] * p->rows[1]; }
 
-gqa_status gqa_rmsnorm_plan(const gqa_rmsnorm_params *p, const gqa_device *, gqa_plan *plan) {
-  return gqa::plan_rows("rmsnorm", p, plan);
+gqa_status gqa_rmsnorm_plan(const gqa_rmsnorm_params *p, const gqa_device *device, gqa_plan *plan) {
+  return gqa::plan_rows("rmsnorm", p, device, plan);
 }
 
-gqa_status gqa_add_rmsnorm_plan(const gqa_add_rmsnorm_params *p, const gqa_device *, gqa_plan *plan) {
-  return gqa::plan_rows("add_rmsnorm", p, plan);
+gqa_status gqa_add_rmsnorm_plan(const gqa_add_rmsnorm_params *p, const gqa_device *device, gqa_plan *plan) {
+  return gqa::plan_rows("add_rmsnorm", p, device, plan);
 }
 
 }  // extern "C"

@@ -25,10 +25,15 @@ struct NormVariant {
   bool few_rows;    // latency counts: fetch the weights into L2 before the kernel's inputs are ready
   bool past_cache;  // the call moves more than L2 holds: outputs are written as not to be read again soon
   bool keeps;       // what registers do not hold of a row is kept in shared memory
+  bool dense;       // rows without gaps, weights of their dtype: dense_rows.cuh
+  int cluster;      // blocks that share a row
 
-  int32_t encode() const { return held | chunk << 4 | few_rows << 8 | past_cache << 9 | keeps << 10; }
+  int32_t encode() const {
+    return held | chunk << 4 | few_rows << 8 | past_cache << 9 | keeps << 10 | dense << 11 | cluster << 12;
+  }
   static NormVariant decode(int32_t v) {
-    return {v & 15, v >> 4 & 15, (v >> 8 & 1) != 0, (v >> 9 & 1) != 0, (v >> 10 & 1) != 0};
+    return {v & 15,      v >> 4 & 15, (v >> 8 & 1) != 0, (v >> 9 & 1) != 0, (v >> 10 & 1) != 0, (v >> 11 & 1) != 0,
+            v >> 12 & 15};
   }
 };
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "plan/plan.h"
+#include "plan/rope_dense.h"
 
 namespace gqa {
 namespace {
@@ -56,15 +56,20 @@ gqa_status gqa_rope_plan(const gqa_rope_params *p, const gqa_device *, gqa_plan 
   if (tokens == 0 || heads == 0) return GQA_STATUS_OK;
   const int64_t vector = 16 / gqa::dtype_size(p->dtype);
   const bool vectors = gqa::fits_vectors(*p, vector);
+  if (tokens > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
+  const int64_t bytes = 2 * tokens * heads * p->head_dim * gqa::dtype_size(p->dtype);
+  gqa::RopeVariant variant{vectors, tokens <= gqa::kFewTokens, bytes >= gqa::kPastCache, false};
+  variant.dense = gqa::is_dense_rope(*p, vectors) && p->head_dim / 2 / vector <= 32;
+  if (variant.dense) {
+    gqa::plan_rope_dense("rope", "rope_dense", p->dtype, tokens, heads, p->head_dim / 2 / vector, variant, plan);
+    return GQA_STATUS_OK;
+  }
   // x walks a head in steps of the vector, y takes a head each, z fills small blocks with more tokens.
   constexpr int64_t kMaxThreads = 320, kFullBlock = 256;
   const int64_t x = std::min<int64_t>(p->rotary.dim / 2 / (vectors ? vector : 1), 64);
   const int64_t y = std::min<int64_t>(heads, kMaxThreads / x);
   const int64_t z = std::min<int64_t>(std::max<int64_t>(kFullBlock / (x * y), 1), std::min<int64_t>(tokens, 64));
   const int64_t grid = gqa::ceil_div(tokens, z);
-  if (tokens > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-  const int64_t bytes = 2 * tokens * heads * p->head_dim * gqa::dtype_size(p->dtype);
-  const gqa::RopeVariant variant{vectors, tokens <= gqa::kFewTokens, bytes >= gqa::kPastCache};
   gqa::add_launch(plan, gqa::make_launch("rope", vectors ? "rope_vector" : "rope_scalar", p->dtype, {grid}, {x, y, z},
                                          0, variant.encode()));
   plan->reason = vectors ? "heads and tables are 16-byte aligned"

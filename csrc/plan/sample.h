@@ -18,7 +18,7 @@ constexpr int kSampleColumns = 64;
 constexpr int kSampleClusterColumns = 32;
 constexpr int kSampleClusterBins = 352;
 constexpr int kSampleClusterCells = (kSampleClusterBins + 1) * kSampleClusterColumns;  // one for no mass
-constexpr int kSampleClusterStatic = 11 * 1024;  // bytes its static shared memory stays below
+constexpr int kSampleClusterStatic = 12 * 1024;  // bytes its static shared memory stays below
 constexpr int kSampleClusterFew = 512, kSampleClusterMany = 896;
 
 // Where logits are adjusted as they are read: fewer threads, with registers for what is read beside them.

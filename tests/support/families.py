@@ -91,6 +91,7 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "num_local_experts": 2,
             "num_experts_per_tok": 2,
             "attention_bias": True,
+            "experts_implementation": "eager",  # the same in every dtype, and deterministic
         },
     ),
 }
@@ -99,14 +100,15 @@ CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 def make_model(name: str, device: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     kind, settings = CONFIGS[name]
     settings = {**COMMON, **settings, **options}
-    attention = {"attn_implementation": settings.pop("attn_implementation", None)}
+    names = ("attn_implementation", "experts_implementation")
+    implementations = {name: settings.pop(name) for name in names if name in settings}
     hidden = settings["hidden_size"]
     if kind is Phi3Config:  # checks its rope_parameters against heads that share the hidden size among them
         settings["hidden_size"] = settings["num_attention_heads"] * settings["head_dim"]
     config = kind(**settings)
     config.hidden_size = hidden
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, **attention).eval()
+    model = AutoModelForCausalLM.from_config(config, **implementations).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:

@@ -1,5 +1,5 @@
-// A vector of a row to be normalised: moved in chunks that its alignment allows, and scaled with HuggingFace's
-// rounding.
+// A vector of a row to be normalised: moved in chunks that its alignment allows, added to another, and scaled with
+// HuggingFace's rounding.
 #pragma once
 
 #include "cuda/common/pack.cuh"
@@ -33,6 +33,16 @@ __device__ __forceinline__ void store(T *row, int at, int hidden, const Vec<T> &
     for (int j = 0; j < kChunk; ++j) run.value[j] = vec.value[i + j];
     if (kChunk == Vec<T>::kSize || at + i < hidden) store_run(row + at + i, run, past_cache);
   }
+}
+
+// Added in float32, rounded once.
+template <typename T>
+__device__ __forceinline__ Vec<T> sum_of(const Vec<T> &a, const Vec<T> &b) {
+  Floats<T> x = widen(a);
+  const Floats<T> y = widen(b);
+#pragma unroll
+  for (int i = 0; i < Vec<T>::kSize; ++i) x.value[i] += y.value[i];
+  return narrow(x);
 }
 
 // The weights of one vector of x, in their own dtype if it is x's, else as floats.

@@ -11,7 +11,11 @@ struct Floats {
 };
 
 __device__ __forceinline__ float2 widen_pair(__half2 pair) { return __half22float2(pair); }
-__device__ __forceinline__ float2 widen_pair(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+// bfloat16 is the upper half of a float: one instruction each.
+__device__ __forceinline__ float2 widen_pair(__nv_bfloat162 pair) {
+  const uint32_t word = *reinterpret_cast<const uint32_t *>(&pair);
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
 
 __device__ __forceinline__ void narrow_pair(__half2 *pair, float a, float b) { *pair = __floats2half2_rn(a, b); }
 __device__ __forceinline__ void narrow_pair(__nv_bfloat162 *pair, float a, float b) {
@@ -60,6 +64,17 @@ __device__ __forceinline__ Vec<T> multiply(const Vec<T> &a, const Vec<T> &b) {
   const auto *x = reinterpret_cast<const PairOf<T> *>(a.value), *y = reinterpret_cast<const PairOf<T> *>(b.value);
 #pragma unroll
   for (int i = 0; i < Vec<T>::kSize / 2; ++i) reinterpret_cast<PairOf<T> *>(out.value)[i] = __hmul2_rn(x[i], y[i]);
+  return out;
+}
+
+// The same vector, though the compiler cannot know: what was widened from it before is not kept for what is after.
+template <typename T>
+__device__ __forceinline__ Vec<T> anew(const Vec<T> &vec, uint32_t zero) {
+  Vec<T> out;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    reinterpret_cast<uint32_t *>(out.value)[i] = reinterpret_cast<const uint32_t *>(vec.value)[i] ^ zero;
+  }
   return out;
 }
 

@@ -57,20 +57,35 @@ inline cudaLaunchAttribute programmatic_attribute() {
   return attribute;
 }
 
-// As launch(), but programmatically where the device allows it. `kernel` follows the rules above.
+// As launch(), but programmatically where the device allows it, and in clusters of so many blocks. `kernel` follows the
+// rules above.
 template <typename... Args, typename... Given>
-gqa_status launch_programmatic(void (*kernel)(Args...), const gqa_launch &plan, cudaStream_t stream, Given &&...args) {
+gqa_status launch_programmatic_clusters(void (*kernel)(Args...), const gqa_launch &plan, int blocks,
+                                        cudaStream_t stream, Given &&...args) {
   log_launch(plan);
   GQA_RETURN_IF_ERROR(allow_shared_memory(reinterpret_cast<const void *>(kernel), plan.shared_memory));
-  cudaLaunchAttribute attribute = programmatic_attribute();
+  cudaLaunchAttribute attributes[2] = {};
+  int count = 0;
+  if (launches_programmatically()) attributes[count++] = programmatic_attribute();
+  if (blocks > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = blocks;
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.grid[0], plan.grid[1], plan.grid[2]);
   config.blockDim = dim3(plan.block[0], plan.block[1], plan.block[2]);
   config.dynamicSmemBytes = plan.shared_memory;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = launches_programmatically() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Given &&>(args)...));
+}
+
+template <typename... Args, typename... Given>
+gqa_status launch_programmatic(void (*kernel)(Args...), const gqa_launch &plan, cudaStream_t stream, Given &&...args) {
+  return launch_programmatic_clusters(kernel, plan, 1, stream, static_cast<Given &&>(args)...);
 }
 
 }  // namespace gqa::cuda

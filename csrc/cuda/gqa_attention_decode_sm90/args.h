@@ -4,6 +4,7 @@
 #include <vector_types.h>
 
 #include "common/attention.h"
+#include "plan/gqa_attention_decode_sm90.h"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -17,11 +18,12 @@ struct Args {
   int64_t k_outer, v_outer, k_head, v_head;  // outer: batch or page
   int32_t k_row, v_row;
   int32_t group, rows, seqlen_q, capacity, window_left;
-  uint32_t group_inverse, cluster_inverse;  // ceil(2^20 / group), ceil(2^16 / cluster)
-  uint32_t stride_fraction;                 // floor((2^32 - 1) / warps of the cluster)
-  int32_t zero;                             // 0: makes a value differ between lanes in the compiler's eyes
-  int32_t slots, full_ranks;                // units of a block: slots, one less from rank full_ranks on
-  float scale, softcap;                     // scale: of log2 units, or before the softcap
+  uint32_t group_inverse;  // ceil(2^20 / group)
+  int32_t zero;            // 0: makes a value differ between lanes in the compiler's eyes
+  int32_t units;           // of 32 dimensions of a query row
+  int32_t share;           // tiles of keys below which a sequence is not shared out among twice the blocks
+  int32_t early;           // load ahead of the length
+  float scale, softcap;    // scale: of log2 units, or before the softcap
   gqa_index cache_leftpad, block_table;
   uint32_t page_size, page_magic, page_shift;  // row / page_size == row * page_magic >> page_shift
   int32_t num_pages, paged_tiles;              // paged_tiles: no tile crosses a page
@@ -31,7 +33,7 @@ struct Args {
   int64_t out_stride[3];
   float *lse;
   const void *sinks;
-  int32_t sinks_float, num_q_heads, num_kv_heads;
+  int32_t sinks_float, num_q_heads;
   gqa_rotary rotary;
 };
 
@@ -44,9 +46,7 @@ inline void set_page_size(uint32_t size, Args *args) {
   args->page_magic = static_cast<uint32_t>(((uint64_t{1} << args->page_shift) + size - 1) / size);
 }
 
-// `warps`: of a block.
-inline Args make_args(const gqa_attention_params &p, int cluster, int warps) {
-  const int slices = p.head_dim / 32;
+inline Args make_args(const gqa_attention_params &p, const DecodePlan &plan) {
   Args a{};
   const auto bytes = [](const int64_t *from, int64_t *to) {
     for (int i = 0; i < 3; ++i) to[i] = 2 * from[i];
@@ -59,17 +59,15 @@ inline Args make_args(const gqa_attention_params &p, int cluster, int warps) {
   a.k_row = static_cast<int32_t>(2 * p.k_cache_stride[1]), a.v_row = static_cast<int32_t>(2 * p.v_cache_stride[1]);
   a.k_head = 2 * p.k_cache_stride[2], a.v_head = 2 * p.v_cache_stride[2];
   a.num_q_heads = p.num_q_heads;
-  a.num_kv_heads = p.num_kv_heads;
   a.group = p.num_q_heads / p.num_kv_heads;
   a.seqlen_q = static_cast<int32_t>(p.seqlen_q);
   a.rows = a.group * a.seqlen_q;
   a.capacity = static_cast<int32_t>(p.cache_capacity);
   a.window_left = p.window_left < p.cache_capacity ? p.window_left : -1;  // wider than any sequence: no limit
   a.group_inverse = ((1u << 20) + a.group - 1) / a.group;
-  a.cluster_inverse = ((1u << 16) + cluster - 1) / cluster;
-  a.stride_fraction = 0xffffffffu / (cluster * warps);
-  a.slots = (a.rows * slices + cluster - 1) / cluster;
-  a.full_ranks = a.rows * slices - (a.slots - 1) * cluster;
+  a.units = a.rows * (p.head_dim / 32);
+  a.share = plan.share;
+  a.early = p.batch == 1;
   a.scale = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;
   a.softcap = p.softcap;
   a.cache_leftpad = p.cache_leftpad;

@@ -35,14 +35,16 @@ struct Config {
 
   // Shared memory: the warps' stages, later their sums; staged queries; the partial sums that this block joins.
   static constexpr int kWarpBytes = kStages * kStageBytes;
-  static constexpr int kSumPitch = kDim + 4;
+  // Sums of a row: dimension 8 i + r in float kSumStep r + i; steps and rows are odd numbers of 16 bytes.
+  static constexpr int kSumStep = kDim / 8 + (kDim % 64 == 0 ? 4 : 0), kSumPitch = 8 * kSumStep + 4;
   static constexpr int kWeights = kRows * kSumPitch * 4;  // of a warp's sums: maximum and sum of each row
+  static_assert(kSumStep / 4 % 2 == 1);
   static_assert(kWeights + kRows * 8 <= kWarpBytes);
   static constexpr int kQueryPitch = kDim + 8;
   static constexpr int kQueries = kWarps * kWarpBytes;
   static constexpr int kBarrier = kQueries + kRows * kQueryPitch * 2;
   static constexpr int kParts = kBarrier + 16;
-  // A unit is 32 dimensions of a row; unit u belongs to block u % cluster, which gets it from each block.
+  // A unit is 32 dimensions of a row; unit u belongs to block u % blocks, which gets it from each block.
   static constexpr int kUnitBytes = 32 * 4 + 8;
 
   static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages, kRowTiles) && kUnitBytes == kDecodeUnitBytes);
@@ -68,21 +70,30 @@ struct Keys {
   __device__ int high(int i) const { return start + i + 1; }
 };
 
-// Where this thread stands and what its block is about. Cached tiles go round all warps of the cluster: this one takes
-// first, first + stride ... below tile_end.
+// Where this thread stands and what its block is about. The first 2^blocks_log of the cluster's blocks share the keys:
+// cached tiles go round all their warps, and this one takes first, first + stride ... below tile_end.
 template <typename C>
 struct Block {
-  int warp, lane, r, c, rank, cluster, b, head;
+  int warp, lane, r, c, rank, blocks_log, b, head;
   Keys keys;
   int first, stride, tile_end;
   int row_low, row_high;  // cached rows that anyone sees
   const char *k_head, *v_head;
 
-  __device__ int slots(const Args &p) const { return rank < p.full_ranks ? p.slots : p.slots - 1; }
+  __device__ int blocks() const { return 1 << blocks_log; }
+  // Units that this block owns, and the most that any does.
+  __device__ int slots(const Args &p) const { return (p.units - rank + blocks() - 1) >> blocks_log; }
+  __device__ int most_slots(const Args &p) const { return (p.units + blocks() - 1) >> blocks_log; }
   __device__ void make_uniform() {
-    for (int *x : {&keys.start, &keys.cached, &keys.total, &keys.leftpad, &first, &tile_end, &row_low, &row_high}) {
+    for (int *x : {&keys.start, &keys.cached, &keys.total, &keys.leftpad, &first, &stride, &tile_end, &row_low,
+                   &row_high, &blocks_log}) {
       *x = __shfl_sync(~0u, *x, 0);
     }
+  }
+  __device__ void find_heads(const Args &p) {
+    const bool in_pages = C::kPaged && p.block_table.data != nullptr;
+    k_head = p.k_cache + head * p.k_head + (in_pages ? 0 : b * p.k_outer);
+    v_head = p.v_cache + head * p.v_head + (in_pages ? 0 : b * p.v_outer);
   }
 };
 
@@ -114,19 +125,21 @@ struct Length {
   }
 };
 
-// The sequence's lengths, and where this warp's tiles begin and end.
+// The sequence's lengths, the blocks that share its keys and where this warp's tiles begin and end.
 template <typename C>
-__device__ bool divide(const Args &p, const Length &length, const Length &padding, Block<C> *t) {
+__device__ bool divide(const Args &p, int cached, int leftpad, Block<C> *t) {
   const int new_keys = !C::kPlain && p.k != nullptr ? p.seqlen_q : 0;
-  int cached = length.value(), leftpad = C::kPlain ? 0 : padding.value();
   // capacity + 16 fits 32 bits
   const bool valid = cached >= 0 && cached <= p.capacity - new_keys && leftpad >= 0;
   cached = valid ? cached : 0;
   t->keys = {cached + new_keys - p.seqlen_q, cached, cached + new_keys, min(leftpad, p.capacity), p.window_left};
   t->row_low = C::kPlain ? 0 : max(t->keys.low(0), 0), t->row_high = cached;
   const int start = static_cast<uint32_t>(t->row_low) / kTile;
-  t->first += start;
+  t->first = start + t->rank * C::kWarps + t->warp;
   t->tile_end = t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + kTile - 1) / kTile) : start;
+#pragma unroll 1
+  while (t->blocks_log > 0 && t->tile_end - start <= p.share << (t->blocks_log - 1)) --t->blocks_log;
+  t->stride = C::kWarps << t->blocks_log;
   return valid;
 }
 

@@ -3,10 +3,10 @@
 // Keys come in tiles of 16, which go round all warps of the cluster; a warp takes its tiles for all query rows of the
 // head group and keeps its own ring of kStages tiles, softmax and sums: between the first load and the last nobody
 // waits for anybody else. Warps meet once, in shared memory.
-// Memory order: K and V once, by 16-byte asynchronous copies, in plain calls the first tile of each warp before the
+// Memory order: K and V once, by 16-byte asynchronous copies, with one sequence the first tile of each warp before the
 // length is known; a stage's K is refilled as soon as it is scored.
 // Limits: 16-bit types, 16-byte aligned rows, at most 8 * kRowTiles query rows (tokens times heads of the group).
-// Determinism: fixed order of sums; they depend on the sequence's own length and on the number of blocks that share it.
+// Determinism: fixed order of sums; they depend on the sequence's own length and on the size of the cluster.
 #pragma once
 
 #include "cuda/common/programmatic_launch.cuh"
@@ -23,12 +23,10 @@ template <typename C>
 struct Work {
   int first, stride, cached, has_new, new_at;
 
-  __device__ Work(const Args &p, const Block<C> &t, bool appends) {
+  __device__ Work(const Block<C> &t, bool appends) {
     first = t.first, stride = t.stride;
     const int before = t.rank * C::kWarps + t.warp, tiles = t.tile_end - (first - before);
-    int rounds = static_cast<int>(__umulhi(static_cast<uint32_t>(tiles), p.stride_fraction));  // or one less
-    int rest = tiles - rounds * stride;
-    if (rest >= stride) ++rounds, rest -= stride;
+    const int rounds = static_cast<uint32_t>(tiles) / C::kWarps >> t.blocks_log, rest = tiles - rounds * stride;
     cached = rounds + (before < rest);
     has_new = !C::kPlain && appends && before == rest;
     new_at = has_new ? min(cached, C::kStages - 1) : -1;
@@ -84,53 +82,63 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   const uint32_t shared_base = shared_address(shared);
   Block<C> t;
   t.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), t.lane = threadIdx.x % 32, t.r = t.lane / 4, t.c = t.lane % 4;
-  t.rank = cluster_rank(), t.cluster = cluster_size();
+  t.rank = cluster_rank(), t.blocks_log = 31 - __clz(cluster_size());
   t.head = blockIdx.y, t.b = blockIdx.z;
-  t.stride = t.cluster * C::kWarps, t.first = t.rank * C::kWarps + t.warp;
-
-  if (t.cluster > 1) {
-    if (threadIdx.x == 0) {
-      mbarrier_init(shared_base + C::kBarrier, 1);
-      mbarrier_fence_init();
-      mbarrier_arrive_expect(shared_base + C::kBarrier, t.slots(p) * t.cluster * C::kUnitBytes);
-    }
-    cluster_arrive_relaxed();  // waited for just before the push
-  }
-  t.k_head = p.k_cache + t.head * p.k_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.k_outer);
-  t.v_head = p.v_cache + t.head * p.v_head + (C::kPaged && p.block_table.data != nullptr ? 0 : t.b * p.v_outer);
+  const bool shares = t.blocks_log > 0, early = C::kPlain && p.early;
   const Loader<C> loader(t.lane);
+  char *ring = shared + t.warp * C::kWarpBytes;
   wait_for_prerequisites();
   Length length, padding;
   length.load(p.cache_seqlens, t.b, t.lane * p.zero);
   if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
+  t.find_heads(p);
   const bool rotates = !C::kPlain && p.rotary.cos != nullptr;
-  char *ring = shared + t.warp * C::kWarpBytes;
-  if constexpr (C::kPlain) {  // rows below the capacity exist: the first tile is loaded whatever the length
-    t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + kTile - 1) / kTile;
-    Place<C> place;
-    place.find(p, t, t.first);
-    if (t.first < t.tile_end) {
-      loader.load_k(p, t, place, t.first, shared_address(ring));
-      loader.load_v(p, t, place, t.first, shared_address(ring));
+  Queries<C> queries;
+  if (!rotates) queries.load(p, t);  // ahead of the keys, or they would arrive after them
+  if constexpr (C::kPlain) {
+    if (early) {  // rows below the capacity exist: the first tile is loaded whatever the length
+      t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + kTile - 1) / kTile;
+      const int tile = t.rank * C::kWarps + t.warp;
+      Place<C> place;
+      place.find(p, t, tile);
+      if (tile < t.tile_end) {
+        loader.load_k(p, t, place, tile, shared_address(ring));
+        loader.load_v(p, t, place, tile, shared_address(ring));
+      }
     }
   }
-  Queries<C> queries;
-  if (!rotates) queries.load(p, t);
+  if (shares) {
+    if (threadIdx.x == 0) {
+      mbarrier_init(shared_base + C::kBarrier, 1);
+      mbarrier_fence_init();
+    }
+    cluster_arrive_relaxed();  // waited for just before the push
+  }
+  const Output output(p, t);
 
-  bool valid = divide(p, length, padding, &t);
+  bool valid = divide(p, length.value(), C::kPlain ? 0 : padding.value(), &t);
   valid = __shfl_sync(~0u, valid, 0);
   t.make_uniform();
+  if (t.rank >= t.blocks()) {  // too short a sequence to be shared out as far as here
+    copy_async_wait<0>();
+    return;
+  }
+  if (t.blocks_log > 0 && threadIdx.x == 0) {
+    mbarrier_arrive_expect(shared_base + C::kBarrier, (t.slots(p) << t.blocks_log) * C::kUnitBytes);
+  }
   const bool appends = valid && p.k != nullptr;
-  const Work<C> work(p, t, appends);
+  const Work<C> work(t, appends);
   Place<C> place[C::kStages], ahead;
 #pragma unroll
-  for (int s = C::kPlain; s < C::kStages; ++s) place[s].find(p, t, work.first + s * work.stride);
+  for (int s = 0; s < C::kStages; ++s) {
+    if (s > 0 || !early) place[s].find(p, t, work.first + s * work.stride);
+  }
   ahead.find(p, t, work.tile(C::kStages));
 #pragma unroll
   for (int s = 0; s < C::kStages; ++s) {
     const int tile = work.first + s * work.stride;
     const uint32_t stage = shared_address(ring) + s * C::kStageBytes;
-    if (tile < t.tile_end && s != work.new_at && s >= C::kPlain) {
+    if (tile < t.tile_end && s != work.new_at && (s > 0 || !early)) {
       loader.load_k(p, t, place[s], tile, stage);
       loader.load_v(p, t, place[s], tile, stage);
     }
@@ -156,17 +164,16 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   __syncwarp();
   sums.store(p, t, ring);
   __syncthreads();
-  if (t.cluster > 1) cluster_wait();
-  if (valid) {
-    push_sums(p, t, shared, shared_base);
-    if (t.cluster > 1) {
-      mbarrier_wait_cluster(shared_base + C::kBarrier, 0);
-    } else {
-      __syncthreads();
-    }
+  if (t.blocks_log == 0) {
+    join_warps<C>(p, shared, [&](int unit, int lane, float4 o, float top, float sum) {
+      write_lane(p, t, output, valid, unit, lane, o, top, sum);
+    });
+    return;
   }
-#pragma unroll 1
-  for (int slot = t.warp; slot < t.slots(p); slot += C::kWarps) finish_unit(p, t, slot, valid, shared);
+  cluster_wait();
+  push_sums(p, t, shared, shared_base);
+  mbarrier_wait_cluster(shared_base + C::kBarrier, 0);
+  finish_units(p, t, output, shared);
 #endif
 }
 

@@ -14,7 +14,7 @@ Launcher bf16_64, bf16_96, bf16_128, bf16_256, f16_64, f16_96, f16_128, f16_256;
 inline gqa_status launch_decode(const gqa_attention_params &p, const DecodePlan &decode, const gqa_launch &plan,
                                 cudaStream_t stream) {
   const bool bf16 = p.dtype == GQA_DTYPE_BFLOAT16;
-  const Args args = make_args(p, decode.cluster, kDecodeShapes[decode.shape].warps);
+  const Args args = make_args(p, decode);
   switch (p.head_dim) {
     case 64: return (bf16 ? bf16_64 : f16_64)(decode, args, plan, stream);
     case 96: return (bf16 ? bf16_96 : f16_96)(decode, args, plan, stream);

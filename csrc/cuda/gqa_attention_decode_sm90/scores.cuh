@@ -155,10 +155,10 @@ struct Sums {
         for (int step = 4; step < 32; step *= 2) sum[n][e] += __shfl_xor_sync(~0u, sum[n][e], step);
         if (row >= p.rows) continue;
         if (t.r == 0) scales[row] = make_float2(max[n][e], sum[n][e]);
+        auto *to = reinterpret_cast<float4 *>(rows + row * C::kSumPitch + t.r * C::kSumStep);
 #pragma unroll
-        for (int d = 0; d < C::kDim / 16; ++d) {
-          rows[row * C::kSumPitch + 16 * d + t.r] = o[n][d][e];
-          rows[row * C::kSumPitch + 16 * d + 8 + t.r] = o[n][d][2 + e];
+        for (int d = 0; d < C::kDim / 16; d += 2) {
+          to[d / 2] = make_float4(o[n][d][e], o[n][d][2 + e], o[n][d + 1][e], o[n][d + 1][2 + e]);
         }
       }
     }

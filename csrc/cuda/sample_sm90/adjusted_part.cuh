@@ -71,15 +71,15 @@ __device__ __forceinline__ bool are_fours_aligned(const T *row, const sampling::
 
 // The workers read the part of `row`; meanwhile() runs while the first loads are under way.
 template <typename T, int kThreads, typename F>
-__device__ __forceinline__ Largest<float> load_adjusted(Part<float, kThreads> *part, const T *row,
-                                                        const sampling::Adjustments<T> &by, int vocab, F &&meanwhile) {
+__device__ __forceinline__ Extent<float> load_adjusted(Part<float, kThreads> *part, const T *row,
+                                                       const sampling::Adjustments<T> &by, int vocab, F &&meanwhile) {
   constexpr int kBatch = 2;  // fours a thread has under way
   const int chunks = part->chunks_per_warp, vectors = part->vectors;
   const int whole = are_fours_aligned(row, by) ? min((vocab - part->token(0, 0)) / 4, vectors) : 0;
-  Largest<float> largest;
+  Extent<float> extent;
   const auto keep = [&](int v, const Vec<float> &vec) {
     part->replace(v, vec);
-    largest.add(vec);
+    extent.add(vec);
   };
 #pragma unroll 1
   for (int i = 0; i < chunks; i += kBatch) {
@@ -104,7 +104,7 @@ __device__ __forceinline__ Largest<float> load_adjusted(Part<float, kThreads> *p
     tokens.load(row, by, first, vocab);
     keep(v, tokens.adjusted(by, first, min(vocab, first + 4)));
   }
-  return largest;
+  return extent;
 }
 
 }  // namespace gqa::cuda

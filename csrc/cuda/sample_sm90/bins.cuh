@@ -28,7 +28,7 @@ __device__ __forceinline__ void scatter_sums(const Exchange &exchange, uint32_t 
   const uint32_t entries = kBinEntries >> exchange.log_blocks(), to = bin / kGroupBins * exchange.blocks / kGroups;
   exchange.send(to, shared->slots + exchange.rank * entries + bin - to * entries, kScatter, sum);
   meet<kBinEntries>(kSummed);
-  if (bin >= 2 * kDigits) return;
+  if (bin >= 2 * (kDigits + 1)) return;
   uint4 *row = reinterpret_cast<uint4 *>(cells->histogram[bin]);
 #pragma unroll
   for (int i = 0; i < kColumns / 4; ++i) row[(i + bin) % (kColumns / 4)] = make_uint4(0, 0, 0, 0);
@@ -65,12 +65,12 @@ class Bins {
     groups_ = {running_sum<kGroups>(of_group.sum), running_sum<kGroups>(of_group.mass)};
   }
 
-  __device__ uint64_t sum(uint32_t bin) const {
+  __device__ __forceinline__ uint64_t sum(uint32_t bin) const {
     return bins_[bin].sum - (bin % kGroupBins == 0 ? 0 : bins_[bin - 1].sum);
   }
 
   // Of all bins before this one.
-  __device__ Running before(uint32_t bin) const {
+  __device__ __forceinline__ Running before(uint32_t bin) const {
     const uint32_t group = bin / kGroupBins;
     Running sums{__shfl_sync(kAll, groups_.sum, group - 1), __shfl_sync(kAll, groups_.mass, group - 1)};
     if (group == 0) sums = {0, 0};
@@ -80,14 +80,14 @@ class Bins {
   }
 
   // The first bin at which the running sum of m reaches need; kBins where none does.
-  __device__ Found find_sum(u64 need) const { return find(groups_.sum, &Running::sum, need); }
+  __device__ __forceinline__ Found find_sum(u64 need) const { return find(groups_.sum, &Running::sum, need); }
 
-  __device__ uint64_t mass_of(const Kept &kept) const {
+  __device__ __forceinline__ uint64_t mass_of(const Kept &kept) const {
     if (kept.bin >= kBins) return __shfl_sync(kAll, groups_.mass, kGroups - 1);
     return before(kept.bin).mass + bin_mass(kept.sum, kept.bin);
   }
 
-  __device__ Found find_kept(const Kept &kept, uint64_t mass) const {
+  __device__ __forceinline__ Found find_kept(const Kept &kept, uint64_t mass) const {
     if (kept.bin < kBins) {
       const uint64_t whole = before(kept.bin).mass;
       if (mass > whole) return {kept.bin, whole};
@@ -95,8 +95,20 @@ class Bins {
     return find(groups_.mass, &Running::mass, mass);
   }
 
+  // Sums of m bound a count from both sides: the last of the k tokens lies in few bins, mostly one.
+  __device__ __forceinline__ Span span_of_count(uint64_t top_k) const {
+    const Found from = find_sum(top_k * kLeastM);
+    return {from, min(find_sum(top_k * kMostM).bin, kBins - 1), top_k};
+  }
+
+  __device__ __forceinline__ Span span_of_share(const Kept &kept, uint64_t top_p) const {
+    const uint64_t wanted = share_of(mass_of(kept), top_p);
+    const Found from = find_kept(kept, wanted);
+    return {from, from.bin, wanted - from.before};
+  }
+
  private:
-  __device__ Found find(u64 groups, u64 Running::*of, u64 need) const {
+  __device__ __forceinline__ Found find(u64 groups, u64 Running::*of, u64 need) const {
     const uint32_t reached = __ballot_sync(kAll, lane() < kGroups && groups >= need);
     if (reached == 0) return {kBins, 0};
     const uint32_t group = __ffs(reached) - 1;

@@ -22,6 +22,7 @@ constexpr int kLeastEntry = kBinEntries - 1;  // after the bins, for the bin in 
 constexpr int kNoRow = kBinEntries;           // of the histogram: for tokens without mass
 constexpr int kDigits = 64;                   // of the key, told apart in one round of select
 constexpr int kDigitBits = 6;
+constexpr int kFew = 128;        // tokens that one block can sort out by itself
 constexpr int kCountShift = 40;  // a word counts above bit 40 and sums m below it
 static_assert(kGroups * kGroupBins == kBinEntries && kLeastEntry >= static_cast<int>(kBins));
 static_assert(kGroupBins <= 32 && kGroups <= 32);
@@ -34,26 +35,48 @@ struct alignas(16) Running {
   u64 sum, mass;
 };
 
-// A pass over the logits that the controller asks of the workers.
-struct Order {
-  enum Kind { kSelect, kPick, kFirst } kind;
-  float least, most;          // exponents, both included
-  float lowest, highest;      // logits, both included
-  uint32_t high, shift;       // digit: (high - key) >> shift
-  bool counts, counts_above;  // count tokens by digit; and those above `most`
+// A float from which on the last place is 1, and its bits: adding it rounds to an integer.
+constexpr float kUnit = 0x1p23f;
+constexpr uint32_t kUnits = 0x4b000000u;
+
+// Digits of the key: (high - key) >> shift.
+struct Digits {
+  uint32_t high, shift;
 };
 
-enum Message { kMaxima, kNumbers, kScatter, kGather, kParts, kRound, kMessages = kRound + 2 };
+// A pass over the logits that the controller asks of the workers.
+struct Order {
+  enum Kind { kSelect, kPick, kCollect, kFirst } kind;
+  float least, most;      // exponents, both included
+  float lowest, highest;  // logits, both included
+  Digits digits;
+  float steps, first;  // digit by exponent: (most - t) * steps + first, rounded; `first` is kUnit or more
+  uint32_t within;     // by key: only tokens with this digit by exponent, or kAll
+  uint32_t key;        // to look for
+  bool by_exponent, counts, counts_above;  // count tokens by digit; and those above `most`
+};
+
+// The bins in which a filter may end, the first and the last; wanted: up to there by count, else within them.
+struct Span {
+  Found from;
+  uint32_t last_bin;
+  uint64_t wanted;
+};
+
+// kList comes last: it is opened when the number of tokens is known.
+enum Message { kEnds, kNumbers, kScatter, kGather, kParts, kRound, kList = kRound + 2, kMessages };
 
 struct Shared {
   u64 barriers[kMessages];
   Running bins[kBinEntries + 1];  // the last: what min-p keeps of its bin
   u64 slots[kBinEntries];         // [block][bins of the groups that this block sums]
   u64 parts[kMaxBlocks];
-  uint32_t maxima[kMaxBlocks], numbers[kMaxBlocks];
-  uint16_t noted[32][32];  // by warp: vectors to look at
-  uint32_t of_warp[32];    // the controller's is the last
+  u64 ends[kMaxBlocks], numbers[kMaxBlocks];
+  u64 of_warp[32];  // the controller's is the last
+  uint32_t listed;  // tokens of this block
   Settings settings;
+  Random random;
+  Span span;
   Order order;
 };
 static_assert(sizeof(Shared) <= kSampleClusterStatic);
@@ -63,9 +86,14 @@ static_assert(sizeof(Shared) <= kSampleClusterStatic);
 union Cells {
   uint32_t histogram[kBinEntries + 1][kColumns];
   struct {
-    uint32_t sums[kDigits][kColumns], counts[kDigits][kColumns];
+    uint32_t sums[kDigits + 1][kColumns], counts[kDigits + 1][kColumns];  // the last row for tokens to leave out
     u64 slots[2][kMaxBlocks][kDigits];
   } select;
+  struct {
+    uint32_t of_select[2 * (kDigits + 1)][kColumns];
+    u64 sent[kMaxBlocks][kFew], list[kFew], sorted[kFew], masses[kFew];
+    uint32_t m[kFew], bins[kFew], sums[kFew];
+  } few;
   uint32_t chunk_sums[2048];
 };
 static_assert(sizeof(Cells) == kSampleClusterCells * sizeof(uint32_t));
@@ -81,6 +109,12 @@ __device__ __forceinline__ u64 running_sum(u64 value) {
     if (lane() >= offset) value += below;
   }
   return value;
+}
+
+// The largest of the warp's upper halves, and of its lower halves.
+__device__ __forceinline__ u64 max_of_halves(u64 word) {
+  const uint32_t high = __reduce_max_sync(kAll, static_cast<uint32_t>(word >> 32));
+  return u64{high} << 32 | __reduce_max_sync(kAll, static_cast<uint32_t>(word));
 }
 
 // Named barriers of the block.
@@ -102,12 +136,12 @@ class Exchange {
 
   // For one thread; the cluster's barrier must come between it and the first push.
   __device__ void open() const {
-    const uint32_t bytes[kMessages] = {blocks * 4, blocks * 4,           kBinEntries * 8,     (kBinEntries + 1) * 16,
-                                       blocks * 8, blocks * kDigits * 8, blocks * kDigits * 8};
+    const uint32_t bytes[kList] = {blocks * 8, blocks * 8,           kBinEntries * 8,     (kBinEntries + 1) * 16,
+                                   blocks * 8, blocks * kDigits * 8, blocks * kDigits * 8};
 #pragma unroll
     for (int i = 0; i < kMessages; ++i) {
       mbarrier_init(barrier(i), 1);
-      mbarrier_arrive_expect(barrier(i), bytes[i]);
+      if (i < kList) mbarrier_arrive_expect(barrier(i), bytes[i]);
     }
     mbarrier_fence_init();
   }
@@ -124,8 +158,8 @@ class Exchange {
 
   __device__ uint32_t log_blocks() const { return (blocks > 1) + (blocks > 2) + (blocks > 4) + (blocks > 8); }
 
-  // Expects the next round of select but one.
-  __device__ void expect_again(int message) const { mbarrier_arrive_expect(barrier(message), blocks * kDigits * 8); }
+  // For one thread.
+  __device__ void expect(int message, uint32_t bytes) const { mbarrier_arrive_expect(barrier(message), bytes); }
 
   const uint32_t rank, blocks;
 

@@ -2,15 +2,20 @@
 #pragma once
 
 #include "cuda/sample_sm90/vectors.cuh"
+#include "plan/sample.h"
 
 namespace gqa::cuda {
+
+// How lanes take the logits of their vectors where many vectors hold what is looked for; where few do, one by one.
+enum class Many { kInTurn, kRolled, kUnrolled };
 
 // Warp w holds the w-th stretch of the part, lanes one vector each of every 32.
 template <typename T, int kThreads>
 class Part {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kSize = Vec<T>::kSize;
-  static constexpr int kBatch = 4;  // vectors a thread has under way
+  static constexpr int kBatch = kThreads > kSampleClusterFew ? 6 : 4;  // vectors a thread has under way
+  static constexpr int kMany = 16;                                     // of 32 vectors
 
  public:
   __device__ Part(const T *z, int vocab, uint32_t rank, uint32_t log_blocks, void *held)
@@ -26,8 +31,8 @@ class Part {
 
   // The workers read the part; meanwhile() runs while the first loads are under way.
   template <typename F>
-  __device__ __forceinline__ Largest<T> load(F &&meanwhile) {
-    Largest<T> largest;
+  __device__ __forceinline__ Extent<T> load(F &&meanwhile) {
+    Extent<T> extent;
     Vec<T> batch[kBatch];
     fetch(0, batch);
     meanwhile();
@@ -38,23 +43,24 @@ class Part {
         const int v = place(i + j);
         if (i + j >= chunks_per_warp || v < whole_from_ || v >= whole_to_) continue;
         replace(v, batch[j]);
-        largest.add(batch[j]);
+        extent.add(batch[j]);
       }
       i += kBatch;
-      if (i >= chunks_per_warp) return largest;
+      if (i >= chunks_per_warp) return extent;
       fetch(i, batch);
     }
   }
 
   // One warp reads the vectors at the ends of the row that are not all tokens; what is no token becomes -inf.
-  __device__ __forceinline__ Largest<T> load_edges() {
-    Largest<T> largest;
+  __device__ __forceinline__ Extent<T> load_edges() {
+    Extent<T> extent;
     const int v = threadIdx.x % 32 < kSize ? 0 : vectors - 1, i = threadIdx.x % kSize;
-    if (threadIdx.x % 32 >= 2 * kSize || v < 0 || v >= vectors || (v >= whole_from_ && v < whole_to_)) return largest;
-    const T value = is_token(token(v, i)) ? z_[v * kSize + i] : from_float<T>(-INFINITY);
+    if (threadIdx.x % 32 >= 2 * kSize || v < 0 || v >= vectors || (v >= whole_from_ && v < whole_to_)) return extent;
+    const bool is_one = is_token(token(v, i));
+    const T value = is_one ? z_[v * kSize + i] : from_float<T>(-INFINITY);
     held_[v].value[i] = value;
-    largest.add(value);
-    return largest;
+    if (is_one) extent.add(value);
+    return extent;
   }
 
   // The thread's i-th vector, which may lie past the part.
@@ -68,23 +74,26 @@ class Part {
   __device__ int token(int v, int i) const { return (first_ + v) * kSize + i - lead_; }
   __device__ bool is_token(int token) const { return static_cast<uint32_t>(token) < static_cast<uint32_t>(vocab_); }
 
-  // f(z) for the logits of vectors that may hold some in the window, few or all, evenly over the lanes; after every 32
-  // vectors that the warp has, done(chunk). `noted` is the warp's own, for 32 places.
-  template <typename F, typename G>
-  __device__ __forceinline__ void for_each_near(const Window<T> &window, uint16_t *noted, F &&f, G &&done) const {
-    const int lane = threadIdx.x % 32;
+  // f(z, v, i) for the logits that may lie in the window; after every 32 vectors that the warp has, done(chunk).
+  template <Many kIfMany, typename F, typename G>
+  __device__ __forceinline__ void for_each_near(const Window<T> &window, F &&f, G &&done) const {
 #pragma unroll 1
     for (int i = 0; i < chunks_per_warp; ++i) {
       const int v = place(i), chunk = v / 32;
       if (chunk * 32 >= vectors) return;
-      const bool near = v < vectors && window.holds_any(vector(v));
-      const uint32_t all_near = __ballot_sync(0xffffffffu, near);
-      if (near) noted[__popc(all_near & ((1u << lane) - 1))] = static_cast<uint16_t>(v);
-      __syncwarp();
-      const int count = __popc(all_near);
-#pragma unroll 1
-      for (int j = lane / kSize; j - lane / kSize < count; j += 32 / kSize) {
-        if (j < count) f(logit(noted[j], lane % kSize));
+      uint32_t found = v < vectors ? window.find(vector(v)) : 0;
+      if (kIfMany == Many::kInTurn || __popc(__ballot_sync(0xffffffffu, found != 0)) <= kMany) {
+        for (; found != 0; found &= found - 1) {
+          const int j = Window<T>::element(__ffs(found) - 1);
+          f(logit(v, j), v, j);
+        }
+      } else if (found != 0 && kIfMany == Many::kUnrolled) {
+        const Vec<T> vec = vector(v);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) f(to_float(vec.value[j]), v, j);
+      } else if (found != 0) {
+#pragma unroll 2
+        for (int j = 0; j < kSize; ++j) f(logit(v, j), v, j);
       }
       __syncwarp();
       done(chunk);

@@ -23,27 +23,26 @@ class Orders {
   __device__ Orders(const Exchange &exchange, Shared *shared, Cells *cells)
       : exchange_(exchange), shared_(*shared), cells_(*cells) {}
 
-  __device__ void set_scale(float max, float scale) {
+  __device__ __forceinline__ void set_scale(float max, float scale, float least) {
     max_ = max;
-    eighth_ = div(0.125f, scale);
+    inverse_ = div(1.0f, scale);
+    least_ = exponent_of(least, max, scale);
   }
 
-  __device__ void give(const Order &order) {
-    if (lane() == 0) shared_.order = order;
+  // All lanes write an order, the same values, and then give it: what they change they keep in registers.
+  __device__ __forceinline__ void give() const {
+    __syncwarp();
     announce<kThreads + 32>(kOrdered);
   }
 
   // For the tokens of bins [from, to]: their exponents, and logits a little beyond those that have them.
-  __device__ Order order_for(Order::Kind kind, uint32_t from, uint32_t to) const {
-    Order order{};
+  __device__ __forceinline__ void write(Order::Kind kind, uint32_t from, uint32_t to) const {
+    Order &order = shared_.order;
     order.kind = kind;
     order.most = most_of_bin(from);
     order.least = least_of_bin(to);
-    const float highest = sub(max_, mul(mul(static_cast<float>(from) - 0.5f, eighth_), 0.999998f));
-    const float lowest = sub(max_, mul(mul(static_cast<float>(to) + 0.5f, eighth_), 1.000002f));
-    order.highest = key_to_logit(min(key(highest) + 2, kInfinityKey));
-    order.lowest = key_to_logit(max(key(lowest) - 2, kLowestKey));
-    return order;
+    order.highest = highest_for(order.most);
+    order.lowest = lowest_for(order.least);
   }
 
   struct Selected {
@@ -53,28 +52,33 @@ class Orders {
   };
 
   // The largest key such that the tokens of bins [from, to] from it up count at least as wanted, those of earlier bins
-  // with them; or, not by count, have at least the mass. Six bits of the key a round: a histogram of the digit,
-  // summed over the cluster and walked down from its largest key.
+  // with them; or, not by count, have at least the mass. A histogram of 64 digits a round, summed over the cluster and
+  // walked down from its largest key. Digits are six bits of the key; where the bins hold many keys, near zero, the
+  // first are equal steps of the exponent, down to the row's least.
   __device__ __forceinline__ Selected select(uint32_t from, uint32_t to, bool by_count, uint64_t wanted) {
     constexpr int kBits = kConstantBits<T>;
     const auto reaches = [&](u64 word) { return (by_count ? count_of(word) : bin_mass(sum_of(word), from)) >= wanted; };
-    Order order = order_for(Order::kSelect, from, to);
-    order.high = key(order.highest) >> kBits;
-    const uint32_t range = order.high - (key(order.lowest) >> kBits);
-    order.shift = max(32 - __clz(range) - kDigitBits, 0);
-    order.counts_above = by_count;
-    if (by_count) {
-      order.highest = INFINITY;
-      if (range >> order.shift == kDigits - 1) ++order.shift;
-      order.high += 1u << order.shift;  // the first digit is for those above
+    Order &order = shared_.order;
+    write(Order::kSelect, from, to);
+    order.counts = order.counts_above = by_count;
+    order.within = kAll;
+    Digits digits = by_key(by_count);
+    const float range = sub(order.most, fmaxf(order.least, least_));
+    bool by_exponent = digits.shift > 0 && range > 0x1p-40f;
+    if (by_exponent) {
+      order.steps = div(by_count ? kDigits - 2.0f : kDigits - 1.0f, range);
+      order.first = by_count ? kUnit + 1.0f : kUnit;
     }
+    __syncwarp();  // all have read the limits
+    if (by_count) order.highest = INFINITY;
     u64 kept = 0;
     for (;;) {
-      order.counts = by_count || order.shift > 0;
-      give(order);
+      order.digits = digits;
+      order.by_exponent = by_exponent;
+      give();
       const uint32_t slot = rounds_ % 2;
       exchange_.receive(kRound + slot, rounds_ / 2 % 2);
-      if (lane() == 0) exchange_.expect_again(kRound + slot);
+      if (lane() == 0) exchange_.expect(kRound + slot, exchange_.blocks * kDigits * 8);
       ++rounds_;
       u64 first = 0, second = 0;
 #pragma unroll
@@ -92,21 +96,49 @@ class Orders {
       const uint32_t digit = 2 * at + (in_first ? 0 : 1);
       const u64 with = __shfl_sync(kAll, in_first ? middle : end, at);
       const u64 of_digit = __shfl_sync(kAll, in_first ? first : second, at);
-      order.high -= digit << order.shift;
-      if (order.shift == 0 || count_of(of_digit) == 1) {
-        return {true, (order.high - (1u << order.shift) + 1) << kBits, with};
-      }
       kept = with - of_digit;
       order.counts_above = false;
-      order.shift = max(static_cast<int>(order.shift) - kDigitBits, 0);
+      if (by_exponent) {
+        const float step = div(1.0f, order.steps), steps = static_cast<float>(digit) - (order.first - kUnit);
+        order.highest = highest_for(fminf(order.most, sub(order.most, mul(steps - 0.5f, step))));
+        order.lowest = lowest_for(fmaxf(order.least, sub(order.most, mul(steps + 0.5f, step))));
+        order.within = digit;
+        by_exponent = false;
+        digits = by_key(false);
+        continue;
+      }
+      digits.high -= digit << digits.shift;
+      if (digits.shift == 0 || sum_of(of_digit) < 2 * kLeastM) {
+        return {true, (digits.high - (1u << digits.shift) + 1) << kBits, with};
+      }
+      digits.shift = max(static_cast<int>(digits.shift) - kDigitBits, 0);
     }
   }
 
  private:
+  // Logits a little beyond all that have an exponent up to `most`, or from `least`.
+  __device__ __forceinline__ float highest_for(float most) const {
+    return key_to_logit(min(key(add(max_, mul(mul(most, inverse_), 0.999998f))) + 2, kInfinityKey));
+  }
+
+  __device__ __forceinline__ float lowest_for(float least) const {
+    return key_to_logit(max(key(add(max_, mul(mul(least, inverse_), 1.000002f))) - 2, kLowestKey));
+  }
+
+  // For the order's logits; the first digit for those above, where they count.
+  __device__ __forceinline__ Digits by_key(bool counts_above) const {
+    const uint32_t high = key(shared_.order.highest) >> kConstantBits<T>;
+    const uint32_t range = high - (key(shared_.order.lowest) >> kConstantBits<T>);
+    uint32_t shift = max(32 - __clz(range) - kDigitBits, 0);
+    if (!counts_above) return {high, shift};
+    if (range >> shift == kDigits - 1) ++shift;
+    return {high + (1u << shift), shift};
+  }
+
   const Exchange &exchange_;
   Shared &shared_;
   Cells &cells_;
-  float max_ = 0, eighth_ = 0;
+  float max_ = 0, inverse_ = 0, least_ = 0;
   uint32_t rounds_ = 0;
 };
 

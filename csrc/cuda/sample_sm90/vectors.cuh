@@ -11,37 +11,46 @@ namespace gqa::cuda {
 template <typename T>
 constexpr int kConstantBits = std::is_same_v<T, float> ? 0 : (std::is_same_v<T, __half> ? 13 : 16);
 
-// The largest of the values seen so far; a NaN wins and stays.
+// Largest and least as one word, so that the larger word has the larger largest; ~key of the least is below.
+__device__ __forceinline__ unsigned long long ends_of(uint32_t largest, uint32_t least) {
+  return static_cast<unsigned long long>(largest) << 32 | ~least;
+}
+
+// The largest and the least of the values seen so far; a NaN wins and stays.
 template <typename T>
-struct Largest {
-  static constexpr uint32_t kLowest = std::is_same_v<T, __half> ? 0xfc00fc00u : 0xff80ff80u;
-  uint32_t pair = kLowest;
+struct Extent {
+  static constexpr uint32_t kInfinities = std::is_same_v<T, __half> ? 0x7c007c00u : 0x7f807f80u;
+  uint32_t largest = kInfinities | 0x80008000u, least = kInfinities;
 
   __device__ __forceinline__ void add(const Vec<T> &vec) {
-    const uint4 words = *reinterpret_cast<const uint4 *>(&vec);
-    pair = pair_max_nan<T>(pair, pair_max_nan<T>(pair_max_nan<T>(words.x, words.y), pair_max_nan<T>(words.z, words.w)));
+    const uint4 w = *reinterpret_cast<const uint4 *>(&vec);
+    largest = pair_max_nan<T>(largest, pair_max_nan<T>(pair_max_nan<T>(w.x, w.y), pair_max_nan<T>(w.z, w.w)));
+    least = pair_min<T>(least, pair_min<T>(pair_min<T>(w.x, w.y), pair_min<T>(w.z, w.w)));
   }
 
   __device__ __forceinline__ void add(T value) {
     uint16_t bits;
     memcpy(&bits, &value, sizeof(bits));
-    pair = pair_max_nan<T>(pair, bits * 0x10001u);
+    largest = pair_max_nan<T>(largest, bits * 0x10001u);
+    least = pair_min<T>(least, bits * 0x10001u);
   }
 
-  // key() of the largest; all ones, which no key is, after a NaN.
-  __device__ uint32_t key() const {
-    const T *seen = reinterpret_cast<const T *>(&pair);
-    const uint32_t a = sampling::key(to_float(seen[0])), b = sampling::key(to_float(seen[1]));
-    return a == 0 || b == 0 ? 0xffffffffu : max(a, b);
+  // key() of the largest and the least; all ones, which no key is, for the largest after a NaN.
+  __device__ unsigned long long ends() const {
+    const T *most = reinterpret_cast<const T *>(&largest), *fewest = reinterpret_cast<const T *>(&least);
+    const uint32_t a = sampling::key(to_float(most[0])), b = sampling::key(to_float(most[1]));
+    const uint32_t low = min(sampling::key(to_float(fewest[0])), sampling::key(to_float(fewest[1])));
+    return ends_of(a == 0 || b == 0 ? 0xffffffffu : max(a, b), low);
   }
 };
 
 template <>
-struct Largest<float> {
-  float largest = -INFINITY;
+struct Extent<float> {
+  float largest = -INFINITY, least = INFINITY;
 
   __device__ __forceinline__ void add(float value) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(largest) : "f"(largest), "f"(value));
+    least = fminf(least, value);
   }
 
   __device__ __forceinline__ void add(const Vec<float> &vec) {
@@ -49,13 +58,13 @@ struct Largest<float> {
     for (const float value : vec.value) add(value);
   }
 
-  __device__ uint32_t key() const {
+  __device__ unsigned long long ends() const {
     const uint32_t of = sampling::key(largest);
-    return of == 0 ? 0xffffffffu : of;
+    return ends_of(of == 0 ? 0xffffffffu : of, sampling::key(least));
   }
 };
 
-// Whether any element lies in [low, high]; that a few outside pass does no harm.
+// Which elements lie in [low, high], as bits; that a few outside pass does no harm. element() is that of a bit.
 template <typename T>
 struct Window {
   uint32_t low, high;
@@ -70,10 +79,12 @@ struct Window {
     }
   }
 
-  __device__ __forceinline__ bool holds_any(const Vec<T> &vec) const {
-    const uint4 words = *reinterpret_cast<const uint4 *>(&vec);
-    return (in(words.x) | in(words.y) | in(words.z) | in(words.w)) != 0;
+  __device__ __forceinline__ uint32_t find(const Vec<T> &vec) const {
+    const uint4 w = *reinterpret_cast<const uint4 *>(&vec);
+    return (in(w.x) & 0x10001u) | (in(w.y) & 0x20002u) | (in(w.z) & 0x40004u) | (in(w.w) & 0x80008u);
   }
+
+  __device__ static int element(int bit) { return bit % 16 * 2 + bit / 16; }
 
  private:
   __device__ __forceinline__ uint32_t in(uint32_t pair) const {
@@ -95,12 +106,14 @@ struct Window<float> {
 
   __device__ Window(float from, float to) : low(from), high(to) {}
 
-  __device__ __forceinline__ bool holds_any(const Vec<float> &vec) const {
-    bool any = false;
+  __device__ __forceinline__ uint32_t find(const Vec<float> &vec) const {
+    uint32_t found = 0;
 #pragma unroll
-    for (const float z : vec.value) any = any || (z >= low && z <= high);
-    return any;
+    for (int i = 0; i < 4; ++i) found |= vec.value[i] >= low && vec.value[i] <= high ? 1u << i : 0;
+    return found;
   }
+
+  __device__ static int element(int bit) { return bit; }
 };
 
 }  // namespace gqa::cuda

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "cuda/sample_sm90/bins.cuh"
-#include "cuda/sample_sm90/part.cuh"
+#include "cuda/sample_sm90/digits.cuh"
+#include "cuda/sample_sm90/few.cuh"
 
 namespace gqa::cuda {
 
@@ -22,7 +23,7 @@ class Worker {
   __device__ Worker(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells)
       : exchange_(exchange), part_(part), shared_(*shared), cells_(*cells) {}
 
-  // Leaves the largest key of each warp. read(meanwhile) fills the part.
+  // Leaves the largest and least key of each warp. read(meanwhile) fills the part.
   template <typename F>
   __device__ __forceinline__ void load(F &&read) {
     const auto clear = [&] {
@@ -32,16 +33,16 @@ class Worker {
         cells[i] = make_uint4(0, 0, 0, 0);
       }
     };
-    const uint32_t largest = __reduce_max_sync(kAll, read(clear).key());
-    if (lane() == 0) shared_.of_warp[warp()] = largest;
+    const u64 ends = max_of_halves(read(clear).ends());
+    if (lane() == 0) shared_.of_warp[warp()] = ends;
   }
 
   // The same, NaN aside.
   __device__ __forceinline__ void find_numbers() {
     uint32_t largest = 0;
     for_each_token([&](int, float z) { largest = max(largest, key(z)); });
-    largest = __reduce_max_sync(kAll, largest);
-    if (lane() == 0) shared_.of_warp[warp()] = largest;
+    const u64 ends = max_of_halves(ends_of(largest, 0));
+    if (lane() == 0) shared_.of_warp[warp()] = ends;
   }
 
   // The histogram, summed over the cluster.
@@ -65,15 +66,29 @@ class Worker {
       meet<kThreads + 32>(kOrdered);
       const Order order = shared_.order;
       if (order.kind == Order::kSelect) {
-        add_digits(order);
+        const auto add = [&](auto by_exponent, auto counts) {
+          add_digits<by_exponent, counts>(part_, order, max_, scale_, &cells_);
+        };
+        constexpr std::bool_constant<true> yes;
+        constexpr std::bool_constant<false> no;
+        if (order.counts) {
+          order.by_exponent ? add(yes, yes) : add(no, yes);
+        } else {
+          order.by_exponent ? add(yes, no) : add(no, no);
+        }
         meet<kThreads>(kWorkers);
-        share_digits(round % 2);
+        share_digits(exchange_, round % 2, &cells_);
         continue;
       }
       if (order.kind == Order::kPick) {
         sum_chunks(order);
+      } else if (order.kind == Order::kCollect) {
+        collect(order);
+        announce<kThreads + 32>(kPassed);
+        if (exchange_.rank != 0) return;
+        receive_list<kThreads>(exchange_, &shared_, &cells_, max_, scale_);
       } else {
-        find_first(order.high);
+        find_first(order.key);
       }
       announce<kThreads + 32>(kPassed);
       return;
@@ -84,16 +99,18 @@ class Worker {
   // Adds up the histogram. With kLeast the tokens below `least` in its bin go to a row of their own.
   template <bool kLeast>
   __device__ __forceinline__ void add_weights(float least) {
-    uint32_t *column = &cells_.histogram[0][lane()];
-    const uint32_t least_bin = kLeast ? weigh(least).bin : 0;
+    const uint32_t column = static_cast<uint32_t>(__cvta_generic_to_shared(&cells_.histogram[0][lane()]));
+    uint32_t nowhere = column + kNoRow * kRow, at_least = column + kLeastEntry * kRow;
+    asm("" : "+r"(nowhere), "+r"(at_least));  // else a row is chosen first and the column added after
+    const uint32_t least_row = kLeast ? column + weigh(least).bin * kRow : 0;
     part_.for_each_vector([&](int, const Vec<T> &vec) {
 #pragma unroll
       for (const T element : vec.value) {
         const float t = mul(sub(to_float(element), max_), scale_);
         const Weight weight = weigh_unchecked(t);
-        uint32_t row = t >= -43.75f ? weight.bin : kNoRow;
-        if (kLeast) row = weight.bin == least_bin && t < least ? kLeastEntry : row;
-        atomicAdd(column + row * kColumns, weight.m);
+        uint32_t row = column + weight.bin * kRow;
+        if (kLeast) row = row == least_row && t < least ? at_least : row;
+        add_shared(t >= -43.75f ? row : nowhere, weight.m);
       }
     });
   }
@@ -108,46 +125,21 @@ class Worker {
     });
   }
 
-  __device__ __forceinline__ void add_digits(const Order &order) {
-    uint32_t *sums = &cells_.select.sums[0][lane()], *counts = &cells_.select.counts[0][lane()];
-    uint32_t one = 1;
-    asm("" : "+r"(one));  // a known 1 becomes an atomic that is slow where lanes' addresses differ
-    const auto add = [&](float z) {
-      const float t = exponent_of(z, max_, scale_);
-      if (t > order.most) {
-        if (order.counts_above) atomicAdd(counts, one);
-      } else if (t >= order.least) {
-        const uint32_t digit = (order.high - (key(z) >> kConstantBits<T>)) >> order.shift;
-        if (digit >= kDigits) return;
-        atomicAdd(sums + digit * kColumns, weigh_unchecked(t).m);
-        if (order.counts) atomicAdd(counts + digit * kColumns, one);
-      }
+  // Sends the tokens asked for to the first block.
+  __device__ __forceinline__ void collect(const Order &order) {
+    const auto list = [&](float z, int v, int i) {
+      if (exponent_of(z, max_, scale_) < order.least) return;
+      const uint32_t at = atomicAdd(&shared_.listed, 1);
+      exchange_.send(0, &cells_.few.sent[exchange_.rank][at], kList, listed_as(key(z), part_.token(v, i)));
     };
-    part_.for_each_near({order.lowest, order.highest}, shared_.noted[warp()], add, [](int) {});
-  }
-
-  // Eight threads a digit add its columns, leave zeros and tell the blocks.
-  __device__ __forceinline__ void share_digits(uint32_t slot) {
-    const uint32_t digit = threadIdx.x / 8, quad = threadIdx.x % 8;
-    if (digit >= kDigits) return;
-    uint4 *of_sums = reinterpret_cast<uint4 *>(cells_.select.sums[digit]) + quad;
-    uint4 *of_counts = reinterpret_cast<uint4 *>(cells_.select.counts[digit]) + quad;
-    const uint4 m = *of_sums, n = *of_counts;
-    *of_sums = *of_counts = make_uint4(0, 0, 0, 0);
-    u64 word = u64{m.x} + m.y + (u64{m.z} + m.w) + (u64{n.x + n.y + n.z + n.w} << kCountShift);
-#pragma unroll
-    for (int offset = 4; offset > 0; offset >>= 1) word += __shfl_xor_sync(kAll, word, offset);
-#pragma unroll 1
-    for (uint32_t to = quad; to < exchange_.blocks; to += 8) {
-      exchange_.send(to, cells_.select.slots[slot][exchange_.rank] + digit, kRound + slot, word);
-    }
+    part_.template for_each_near<Many::kInTurn>({order.lowest, order.highest}, list, [](int) {});
   }
 
   // The weights of each 32 vectors.
   __device__ __forceinline__ void sum_chunks(const Order &order) {
     uint32_t sum = 0;
-    const auto add = [&](float z) { sum += weight_in(order, z, max_, scale_); };
-    part_.for_each_near({order.lowest, order.highest}, shared_.noted[warp()], add, [&](int chunk) {
+    const auto add = [&](float z, int, int) { sum += weight_in(order, z, max_, scale_); };
+    part_.template for_each_near<Many::kUnrolled>({order.lowest, order.highest}, add, [&](int chunk) {
       sum = __reduce_add_sync(kAll, sum);
       if (lane() == 0) cells_.chunk_sums[chunk] = sum;
       sum = 0;
