@@ -16,10 +16,7 @@ struct PrefillTile {
   static constexpr bool kQuick = kGroups == 2;  // softmax without maxima; three warpgroups lack the registers
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
   static constexpr int kLoaderRegisters = kGroups == 2 ? 40 : 32, kRegisters = kGroups == 2 ? 232 : 160;
-#ifndef NOFUSE
-#define NOFUSE 0
-#endif
-  static constexpr bool kOverlaps = kQueries > 1 && !NOFUSE;  // a tile's first scores run beside the last values before
+  static constexpr bool kOverlaps = kQueries > 1;  // a tile's first scores run beside the last values before
   static constexpr uint32_t kQueryBytes = 2 * kRows * kDim, kBlockBytes = 2 * kKeys * kDim;
   static constexpr int kPanel = kDim % 64 == 0 ? 64 : 32;  // columns of a panel, whose rows are swizzled
   static constexpr int kPanels = kDim / kPanel, kSwizzle = 2 * kPanel;
