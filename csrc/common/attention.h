@@ -26,9 +26,6 @@ struct Sequence {
 // unsound ones still give every row one owner, so that a bad sequence never touches a row of a good one before it.
 GQA_HOST_DEVICE int64_t span_start(const gqa_index &cu_seqlens, int64_t b, int64_t total) {
   int64_t start = 0;
-#ifdef __CUDA_ARCH__
-#pragma unroll 1
-#endif
   for (int64_t i = 1; i <= b; ++i) {
     const int64_t offset = load_index(cu_seqlens, i);
     if (offset > start && offset <= total) start = offset;

@@ -132,11 +132,8 @@ PrefillPlan plan_prefill_sm90(const gqa_attention_params *p, const gqa_device *d
   plan.page_rows = find_page_rows(p, shape);
   const int64_t pairs = all_heads(p) / (p->num_q_heads / p->num_kv_heads);
   const int64_t fit = std::max<int64_t>(1, kSectionBytes / (4 * longest_keys(p) * shape.dim));
-  // A last section that is much smaller than the others unbalances the blocks; one more may divide the heads.
-  int64_t sections = ceil_div(pairs, fit);
-  const int64_t section = ceil_div(pairs, sections), last = pairs - (sections - 1) * section;
-  if (4 * last < 3 * section && pairs % (sections + 1) == 0) ++sections;
-  plan.section = static_cast<int32_t>(ceil_div(pairs, sections) * (p->num_q_heads / p->num_kv_heads));
+  const int64_t section = ceil_div(pairs, ceil_div(pairs, fit));
+  plan.section = static_cast<int32_t>(section * (p->num_q_heads / p->num_kv_heads));
   return plan;
 }
 

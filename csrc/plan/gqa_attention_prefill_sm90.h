@@ -5,9 +5,7 @@
 
 namespace gqa {
 
-constexpr int kPrefillWorkBytes = 208;  // what is known of three tiles
-constexpr int kPrefillBarrierBytes = 160;
-constexpr int kPrefillMaxShared = 227 * 1024;
+constexpr int kPrefillWorkBytes = 144;  // what the loading warp tells the others
 
 // A tile of gqa_attention_prefill_sm90: `groups` warpgroups of 64 query rows of one head, one more that loads, and
 // rings of two blocks of `keys` keys and values.
@@ -16,12 +14,7 @@ struct PrefillShape {
 
   constexpr int rows() const { return 64 * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
-  // Tiles of queries on their way: two where there is room, so that one tile's end overlaps with the next one's start.
-  constexpr int queries() const { return with_queries(2) <= kPrefillMaxShared ? 2 : 1; }
-  constexpr int shared_memory() const { return with_queries(queries()); }
-  constexpr int with_queries(int tiles) const {
-    return 2 * dim * (tiles * rows() + 4 * keys) + kPrefillBarrierBytes + kPrefillWorkBytes;
-  }
+  constexpr int shared_memory() const { return 2 * dim * (rows() + 4 * keys) + 96 + kPrefillWorkBytes; }
 };
 
 // By width; a head_dim between two takes the wider one. Of one width short blocks come first: they waste less where a

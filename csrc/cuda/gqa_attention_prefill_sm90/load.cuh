@@ -1,4 +1,4 @@
-// The loading warpgroup: one thread finds tiles, one fills the rings, two warps inspect values.
+// The loading warpgroup: one thread finds work and fills the rings, three warps inspect values.
 #pragma once
 
 #include "cuda/common/mma.cuh"
@@ -40,46 +40,25 @@ __device__ __forceinline__ void copy_block(const PrefillArgs &a, const PrefillWo
   }
 }
 
-// One thread that finds tiles, ahead of all others: a lookup takes thousands of clocks.
-template <typename Tile>
-__device__ __forceinline__ void find_tiles(const PrefillArgs &a, uint32_t memory, PrefillWork *shared_work) {
-  const PrefillBarriers<Tile> barriers{memory + Tile::kBarriersAt};
-  RingPosition<kWorkPlaces> at;
-  for (int turn = 0;; at.advance()) {
-    PrefillWork work;
-    // Unknown arguments: what does not change is not kept in registers, which are short.
-    do find_work<Tile>((&a)[afresh(0)], turn++, work);
-    while (work.task != PrefillTask::kDone && work.row0 >= work.queries);
-    mbarrier_wait(barriers.work_empty(at.stage), at.parity ^ 1);
-    shared_work[at.stage] = work;
-    mbarrier_arrive(barriers.work_full(at.stage));
-    if (work.task == PrefillTask::kDone) return;
-  }
-}
-
-// One thread that keeps the rings full.
+// One thread that finds work and keeps the rings full.
 template <typename Tile>
 __device__ __forceinline__ void load_tiles(const PrefillArgs &a, const CUtensorMap &q, const CUtensorMap &k,
-                                           const CUtensorMap &v, uint32_t memory, const PrefillWork *shared_work) {
+                                           const CUtensorMap &v, uint32_t memory, PrefillWork *shared_work) {
   const PrefillBarriers<Tile> barriers{memory + Tile::kBarriersAt};
-  RingPosition<kWorkPlaces> work_at;
-  RingPosition<Tile::kQueries> query_at;
   RingPosition<Tile::kStages> key_at, value_at;
-  for (;; work_at.advance()) {
-    mbarrier_wait(barriers.work_full(work_at.stage), work_at.parity);
-    const PrefillWork &work = shared_work[work_at.stage];
-    if (work.task == PrefillTask::kDone) return;
+  int turn = 0;
+  for (int round = 0;; ++round) {
+    PrefillWork work{};
+    do find_work<Tile>(a, turn++, work);
+    while (work.task != PrefillTask::kDone && work.row0 >= work.queries);
+    // Scores of the tile before are done, so the place that the tile before that had is free.
+    mbarrier_wait(barriers.query_empty(), (round & 1) ^ 1);
+    shared_work[round & 1] = work;
     if (work.task != PrefillTask::kAttend) {
-      mbarrier_arrive(barriers.work_empty(work_at.stage));
+      mbarrier_arrive(barriers.query_full());
+      if (work.task == PrefillTask::kDone) return;
       continue;
     }
-    mbarrier_wait(barriers.query_empty(query_at.stage), query_at.parity ^ 1);
-    const uint32_t query_full = barriers.query_full(query_at.stage);
-    mbarrier_arrive_expect(query_full, Tile::kQueryBytes);
-    copy_panels<Tile>(q, memory + query_at.stage * Tile::kQueryBytes, Tile::kQueryPanel, query_full,
-                      work.q_start + work.row0, work.head, work.q_batch);
-    query_at.advance();
-    const int end_block = work.end_block, first_block = work.first_block;
     const auto load_keys = [&](int block) {
       mbarrier_wait(barriers.key_empty(key_at.stage), key_at.parity ^ 1);
       copy_block<Tile>(a, work, k, memory + Tile::kKeysAt + key_at.stage * Tile::kBlockBytes,
@@ -92,13 +71,15 @@ __device__ __forceinline__ void load_tiles(const PrefillArgs &a, const CUtensorM
                        barriers.value_loaded(value_at.stage), block);
       value_at.advance();
     };
-    load_keys(end_block - 1);
-    for (int block = end_block - 2; block >= first_block; --block) {
+    mbarrier_arrive_expect(barriers.query_full(), Tile::kQueryBytes);
+    copy_panels<Tile>(q, memory, Tile::kQueryPanel, barriers.query_full(), work.q_start + work.row0, work.head,
+                      work.q_batch);
+    load_keys(work.end_block - 1);
+    for (int block = work.end_block - 2; block >= work.first_block; --block) {
       load_keys(block);
       load_values(block + 1);
     }
-    load_values(first_block);
-    mbarrier_arrive(barriers.work_empty(work_at.stage));
+    load_values(work.first_block);
   }
 }
 
@@ -112,19 +93,11 @@ __device__ __forceinline__ void inspect_values(unsigned char *shared, uint32_t m
   const PrefillBarriers<Tile> barriers{memory + Tile::kBarriersAt};
   const uint32_t lane = threadIdx.x % 32, first_chunk = 32 * inspector + lane;
   RingPosition<Tile::kStages> at;
-  RingPosition<kWorkPlaces> work_at;
-  for (;; work_at.advance()) {
-    mbarrier_wait(barriers.work_full(work_at.stage), work_at.parity);
-    PrefillWork &work = shared_work[work_at.stage];
+  for (int round = 0;; ++round) {
+    mbarrier_wait(barriers.query_full(), round & 1);
+    PrefillWork &work = shared_work[round & 1];
     if (work.task == PrefillTask::kDone) return;
-    const auto release = [&] {
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(barriers.work_empty(work_at.stage));
-    };
-    if (work.task != PrefillTask::kAttend) {
-      release();
-      continue;
-    }
+    if (work.task != PrefillTask::kAttend) continue;
     const int first = work.first_block, first_sure = work.first_sure, end_sure = work.end_sure;
     for (int block = work.end_block - 1; block >= first; --block) {
       mbarrier_wait(barriers.value_loaded(at.stage), at.parity);
@@ -152,7 +125,6 @@ __device__ __forceinline__ void inspect_values(unsigned char *shared, uint32_t m
       if (lane == 0) mbarrier_arrive(barriers.value_full(at.stage));
       at.advance();
     }
-    release();
   }
 }
 

@@ -75,11 +75,6 @@ struct PrefillRows {
     v = values_turn - v;
   }
 
-  __device__ __forceinline__ void skip_block() {
-    k = keys_turn - k;
-    v = values_turn - v;
-  }
-
   __device__ __forceinline__ void pack_weights() {
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
@@ -90,7 +85,7 @@ struct PrefillRows {
     const gqa_attention_params &p = a.p;
     const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
     const T *q = static_cast<const T *>(p.q) + work.q_batch * p.q_stride[0] +
-                 (work.q_start + max(row0, 0)) * p.q_stride[1] + work.head * p.q_stride[2] + column;
+                 (work.q_start + min(row0, work.queries - 1)) * p.q_stride[1] + work.head * p.q_stride[2] + column;
     const auto pair = [](const T *at) { return *reinterpret_cast<const uint32_t *>(at); };
 #pragma unroll 1
     for (int n = 0; n < kKeys / 8; ++n) {
@@ -99,8 +94,8 @@ struct PrefillRows {
 #pragma unroll 1
       for (int d = 0; d < p.head_dim; d += 16) {
         // Not kept in registers, which are short.
-        const int row = first_row(work, afresh(threadIdx.x));
-        const T *lower = q + d + (max(row + 8, 0) - max(row, 0)) * p.q_stride[1];
+        const int last = work.queries - 1, row = first_row(work, afresh(threadIdx.x));
+        const T *lower = q + d + (min(row + 8, last) - min(row, last)) * p.q_stride[1];
         const bool both = d + 8 < p.head_dim;
         const auto second = [&](const T *at) { return both ? pair(at + 8) : 0u; };
         const uint32_t x[4] = {pair(q + d), pair(lower), second(q + d), second(lower)};
@@ -183,11 +178,11 @@ struct PrefillRows {
         trade<1>(x[2], x[3], odd);
         trade<2>(x[0], x[2], upper);
         trade<2>(x[1], x[3], upper);
-        if (row >= 0 && 8 * (n + corner) < p.head_dim) {
+        if (row < work.queries && 8 * (n + corner) < p.head_dim) {
           *reinterpret_cast<uint4 *>(to + 8 * n) = make_uint4(x[0], x[1], x[2], x[3]);
         }
       }
-      if (p.lse != nullptr && corner == 0 && row >= 0) {
+      if (p.lse != nullptr && corner == 0 && row < work.queries) {
         p.lse[lse_at(p, work, row)] = empty ? -INFINITY : base * kLn2 + logf(sum);
       }
     }
@@ -223,7 +218,7 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs &a, const PrefillWor
   const float nan = __int_as_float(0x7fffffff);
   const int lane = threadIdx.x % 32;
   for (int first = work.row0; first < work.queries; first += a.row_tiles * Tile::kRows) {
-    for (int row = max(first, 0) + warp; row < min(first + Tile::kRows, work.queries); row += 4 * Tile::kGroups) {
+    for (int row = first + warp; row < min(first + Tile::kRows, work.queries); row += 4 * Tile::kGroups) {
       T *out = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + row) * p.out_stride[1] +
                work.head * p.out_stride[2];
       for (int d = lane; d < p.head_dim; d += 32) out[d] = from_float<T>(zeros ? 0.0f : nan);
@@ -243,81 +238,52 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
     if (lane == 0) mbarrier_arrive(barrier);
   };
   PrefillRows<T, Tile> rows;
-  const uint32_t first_query = tile_descriptor(memory + group * 64 * Tile::kSwizzle, 16);
+  rows.q = tile_descriptor(memory + group * 64 * Tile::kSwizzle, 16);
   rows.k = tile_descriptor(memory + Tile::kKeysAt, 16);
   rows.v = tile_descriptor(memory + Tile::kValuesAt, Tile::kKeyPanel);
   rows.keys_turn = 2 * rows.k + Tile::kBlockBytes / 16;
   rows.values_turn = 2 * rows.v + Tile::kBlockBytes / 16;
   RingPosition<Tile::kStages> at;  // of the keys that come next; their values are at the same place of the other ring
-  bool started = false;  // scores of the tile's first block were computed beside the last values of the tile before
-  // No row of this warpgroup sees the tile's last block.
-  const auto skips = [&](const PrefillWork &work) {
-    const int block = work.end_block - 1;
-    return uniform(block > work.first_block && seen_end(a, work, work.row0 + 64 * group + 63) <= block * Tile::kKeys) !=
-           0;
-  };
-  RingPosition<kWorkPlaces> work_at;
-  RingPosition<Tile::kQueries> query_at;
-  for (;; work_at.advance()) {
-    mbarrier_wait(barriers.work_full(work_at.stage), work_at.parity);
-    const PrefillWork &work = shared_work[work_at.stage];
+  for (int round = 0;; ++round) {
+    mbarrier_wait(barriers.query_full(), round & 1);
+    const PrefillWork &work = shared_work[round & 1];
     if (work.task == PrefillTask::kDone) return;
-    const uint32_t work_empty = barriers.work_empty(work_at.stage);
     if (work.task != PrefillTask::kAttend) {
       fill_tile<T, Tile>(a, work, threadIdx.x / 32 - 4);
       __syncwarp();
-      release(work_empty);
+      release(barriers.query_empty());
       continue;
     }
-    if (!started) mbarrier_wait(barriers.query_full(query_at.stage), query_at.parity);
-    const uint32_t query_empty = barriers.query_empty(query_at.stage);
-    // Not kept in a register, which are short.
-    const auto row0 = [&] { return first_row(work, afresh(threadIdx.x)); };
-    const int first_block = uniform(work.first_block), first_sure = uniform(work.first_sure);
-    const int first_cut = uniform(max(0, seen_end(a, work, work.row0 + 64 * group) - 1) / Tile::kKeys);
+    const auto row0 = [&] { return first_row(work, threadIdx.x); };
+    // Not every row of the warpgroup sees the block; or none after it may have been seen by its first row.
+    const auto is_cut = [&](int x) {
+      return x < work.first_sure || x >= max(0, seen_end(a, work, work.row0 + 64 * group) - 1) / Tile::kKeys;
+    };
     int block = uniform(work.end_block) - 1;
     PrefillSoftmax softmax;
     const auto hide_columns = [&] {
-      const int column = block * Tile::kKeys + 2 * (afresh(threadIdx.x) % 4), row = row0();
+      const int column = block * Tile::kKeys + 2 * (lane % 4);
+      const int row = row0();
       const PrefillMask mask{{seen_begin(a, work, row) - column, seen_begin(a, work, row + 8) - column},
                              {seen_end(a, work, row) - column, seen_end(a, work, row + 8) - column}};
       hide(rows.scores, mask);
     };
 
-    bool skipped = false;
-    if (!started) {
-      rows.q = first_query + query_at.stage * (Tile::kQueryBytes / 16);
-      skipped = skips(work);
-      mbarrier_wait(barriers.key_full(at.stage), at.parity);
-      turns.wait();
-      if (skipped) {
-        turns.pass();
-        release(barriers.key_empty(at.stage));
-        rows.skip_block();
-        at.advance();
-        --block;
-        mbarrier_wait(barriers.key_full(at.stage), at.parity);
-        turns.wait();
-      }
-      rows.start_scores();
-      turns.pass();
-      wgmma_wait<0>();
-      pin(rows.scores);
-      release(barriers.key_empty(at.stage));
-      at.advance();
-    }
+    mbarrier_wait(barriers.key_full(at.stage), at.parity);
+    turns.wait();
+    rows.start_scores();
+    turns.pass();
 #pragma unroll
     for (int i = 0; i < Tile::kDim / 2; ++i) rows.out[i] = 0;
-    if (block == first_block) release(query_empty);
+    wgmma_wait<0>();
+    pin(rows.scores);
+    release(barriers.key_empty(at.stage));
+    at.advance();
+    if (block == work.first_block) release(barriers.query_empty());
     if (a.transforms) rows.transform(a);
     hide_columns();
     softmax.weigh_carefully(rows.scores, a.multiplier);
     rows.pack_weights();
-    if (skipped) {
-      const RingPosition<Tile::kStages> unseen = at.before().before();
-      mbarrier_wait(barriers.value_full(unseen.stage), unseen.parity);
-      release(barriers.value_empty(unseen.stage));
-    }
 
     // Scores of this block and values of the one before it.
     const auto step = [&](auto masked) {
@@ -330,7 +296,7 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
       wgmma_wait<1>();
       pin(rows.scores);
       release(barriers.key_empty(at.stage));
-      if (block == first_block) release(query_empty);
+      if (block == work.first_block) release(barriers.query_empty());
       if (a.transforms) rows.transform(a);
       bool rescale;
       if constexpr (decltype(masked)::value) hide_columns();
@@ -350,47 +316,21 @@ __device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memo
       rows.pack_weights();
       if (rescale) rows.scale_out(softmax.factor);
     };
-    for (--block; block >= first_block;) {
+    for (--block; block >= work.first_block;) {
 #pragma unroll 1
-      for (; block >= first_block && (block < first_sure || block >= first_cut); --block) step(std::true_type{});
+      for (; block >= work.first_block && is_cut(block); --block) step(std::true_type{});
 #pragma unroll 1
-      for (; block >= first_sure; --block) step(std::false_type{});
+      for (; block >= work.first_sure; --block) step(std::false_type{});
     }
 
-    // Values of the last block, and beside them scores of the next tile's first one.
     const RingPosition<Tile::kStages> before = at.before();
-    started = false;
-    if constexpr (Tile::kOverlaps) {
-      RingPosition<kWorkPlaces> next_at = work_at;
-      next_at.advance();
-      mbarrier_wait(barriers.work_full(next_at.stage), next_at.parity);
-      const PrefillWork &next = shared_work[next_at.stage];
-      started = next.task == PrefillTask::kAttend && !skips(next);
-    }
-    query_at.advance();
-    if (started) {
-      rows.q = first_query + query_at.stage * (Tile::kQueryBytes / 16);
-      mbarrier_wait(barriers.query_full(query_at.stage), query_at.parity);
-      mbarrier_wait(barriers.key_full(at.stage), at.parity);
-      turns.wait();
-      rows.start_scores();
-      mbarrier_wait(barriers.value_full(before.stage), before.parity);
-      rows.start_values([&] { turns.pass(); });
-      wgmma_wait<1>();
-      pin(rows.scores);
-      release(barriers.key_empty(at.stage));
-      at.advance();
-    } else {
-      mbarrier_wait(barriers.value_full(before.stage), before.parity);
-      rows.start_values([] {});
-    }
+    mbarrier_wait(barriers.value_full(before.stage), before.parity);
+    rows.start_values([] {});
     wgmma_wait<0>();
     pin(rows.out);
     if (work.care) rows.add_care(a, work, row0());
     release(barriers.value_empty(before.stage));
     rows.store(a, work, row0(), softmax);
-    __syncwarp();
-    release(work_empty);
   }
 }
 
@@ -414,12 +354,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (warpgroup == 0) {
     give_registers<Tile::kLoaderRegisters>();
     const int warp = uniform(threadIdx.x / 32);
-    if (warp >= 4 - kInspectors) {
-      inspect_values<T, Tile>(shared_memory, memory, work, warp - (4 - kInspectors));
+    if (warp > 0) {
+      inspect_values<T, Tile>(shared_memory, memory, work, warp - 1);
     } else if (threadIdx.x == 0) {
       load_tiles<Tile>(a, q, k, v, memory, work);
-    } else if (threadIdx.x == 32) {
-      find_tiles<Tile>(a, memory, work);
     }
   } else {
     take_registers<Tile::kRegisters>();

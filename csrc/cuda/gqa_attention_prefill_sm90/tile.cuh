@@ -9,21 +9,19 @@ namespace gqa::cuda::prefill_sm90 {
 template <int kDim_, int kKeys_, int kGroups_>
 struct PrefillTile {
   static constexpr int kDim = kDim_, kKeys = kKeys_;
-  static constexpr int kGroups = kGroups_;  // computing warpgroups
-  static constexpr int kStages = 2;         // blocks of keys, and of values, on their way
-  static constexpr int kQueries = PrefillShape{kDim, kKeys, kGroups}.queries();  // tiles of queries
+  static constexpr int kGroups = kGroups_;      // computing warpgroups
+  static constexpr int kStages = 2;             // blocks of keys, and of values, on their way
   static constexpr int kEarly = 2;              // products of values that are left when a warpgroup passes its turn on
   static constexpr bool kQuick = kGroups == 2;  // softmax without maxima; three warpgroups lack the registers
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  static constexpr int kLoaderRegisters = kGroups == 2 ? 40 : 32, kRegisters = kGroups == 2 ? 232 : 160;
-  static constexpr bool kOverlaps = kQueries > 1;  // a tile's first scores run beside the last values before
+  static constexpr int kLoaderRegisters = kGroups == 2 ? 24 : 32, kRegisters = kGroups == 2 ? 240 : 160;
   static constexpr uint32_t kQueryBytes = 2 * kRows * kDim, kBlockBytes = 2 * kKeys * kDim;
   static constexpr int kPanel = kDim % 64 == 0 ? 64 : 32;  // columns of a panel, whose rows are swizzled
   static constexpr int kPanels = kDim / kPanel, kSwizzle = 2 * kPanel;
   static constexpr uint32_t kQueryPanel = kSwizzle * kRows, kKeyPanel = kSwizzle * kKeys;
-  static constexpr uint32_t kKeysAt = kQueries * kQueryBytes, kValuesAt = kKeysAt + kStages * kBlockBytes;
+  static constexpr uint32_t kKeysAt = kQueryBytes, kValuesAt = kKeysAt + kStages * kBlockBytes;
   static constexpr uint32_t kBarriersAt = kValuesAt + kStages * kBlockBytes;
-  static constexpr uint32_t kWorkAt = kBarriersAt + kPrefillBarrierBytes;
+  static constexpr uint32_t kWorkAt = kBarriersAt + 8 * (2 + 5 * kStages);
   static constexpr int kSharedMemory = kWorkAt + kPrefillWorkBytes;
   static_assert(kQueryBytes % 1024 == 0 && kBlockBytes % 1024 == 0 && kKeyPanel % (8 * kSwizzle) == 0,
                 "the swizzle repeats every 8 rows");
@@ -46,21 +44,16 @@ struct PrefillArgs {
 };
 
 // Warps of the loading warpgroup that look at values.
-constexpr int kInspectors = 2;
+constexpr int kInspectors = 3;
 
-// Tiles that are known ahead.
-constexpr int kWorkPlaces = 3;
-
-// Full and empty barriers of work, of q and of both rings. A block of values is loaded first and then inspected.
+// Full and empty barriers of q and of both rings. A block of values is loaded first and then inspected.
 template <typename Tile>
 struct PrefillBarriers {
   uint32_t base;
 
-  __device__ uint32_t work_full(uint32_t stage) const { return base + 16 * stage; }
-  __device__ uint32_t work_empty(uint32_t stage) const { return base + 16 * stage + 8; }
-  __device__ uint32_t query_full(uint32_t stage) const { return work_full(kWorkPlaces + stage); }
-  __device__ uint32_t query_empty(uint32_t stage) const { return work_empty(kWorkPlaces + stage); }
-  __device__ uint32_t key_full(uint32_t stage) const { return query_full(Tile::kQueries) + 8 * stage; }
+  __device__ uint32_t query_full() const { return base; }
+  __device__ uint32_t query_empty() const { return base + 8; }
+  __device__ uint32_t key_full(uint32_t stage) const { return base + 16 + 8 * stage; }
   __device__ uint32_t key_empty(uint32_t stage) const { return key_full(stage) + 8 * Tile::kStages; }
   __device__ uint32_t value_loaded(uint32_t stage) const { return key_full(stage) + 16 * Tile::kStages; }
   __device__ uint32_t value_full(uint32_t stage) const { return key_full(stage) + 24 * Tile::kStages; }
@@ -68,14 +61,8 @@ struct PrefillBarriers {
 
   __device__ void init() const {
     constexpr int kWarps = 4 * Tile::kGroups;
-    for (uint32_t stage = 0; stage < Tile::kQueries; ++stage) {
-      mbarrier_init(query_full(stage), 1);
-      mbarrier_init(query_empty(stage), kWarps);
-    }
-    for (uint32_t stage = 0; stage < kWorkPlaces; ++stage) {
-      mbarrier_init(work_full(stage), 1);
-      mbarrier_init(work_empty(stage), kWarps + kInspectors + 1);
-    }
+    mbarrier_init(query_full(), 1);
+    mbarrier_init(query_empty(), kWarps);
     for (uint32_t stage = 0; stage < Tile::kStages; ++stage) {
       mbarrier_init(key_full(stage), 1);
       mbarrier_init(key_empty(stage), kWarps);
