@@ -28,12 +28,13 @@ class Cache:
     seqlens: Tensor
     block_table: Tensor | None
 
-    def slots(self, b: int, rows: range) -> tuple[list[int], list[int]]:
+    def slots(self, b: int, rows: range) -> tuple[Tensor, Tensor]:
         """Indices into the first two dimensions of k and v."""
+        at = torch.arange(rows.start, rows.stop)
         if self.block_table is None:
-            return [b] * len(rows), list(rows)
-        size, pages = self.k.shape[1], self.block_table[b].tolist()
-        return [int(pages[row // size]) for row in rows], [row % size for row in rows]
+            return torch.full_like(at, b), at
+        size = self.k.shape[1]
+        return self.block_table[b].cpu().long()[at // size], at % size
 
 
 def build_cache(
