@@ -269,6 +269,7 @@ extern "C" {
 gqa_status gqa_rmsnorm_cuda(const gqa_rmsnorm_params *p, CUstream_st *stream) {
   gqa_plan plan;
   gqa_device device;
+  GQA_RETURN_IF_ERROR(gqa::check_params(p));
   GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
   GQA_RETURN_IF_ERROR(gqa_rmsnorm_plan(p, &device, &plan));
   return gqa::cuda::run(p, plan, stream);
@@ -277,6 +278,7 @@ gqa_status gqa_rmsnorm_cuda(const gqa_rmsnorm_params *p, CUstream_st *stream) {
 gqa_status gqa_add_rmsnorm_cuda(const gqa_add_rmsnorm_params *p, CUstream_st *stream) {
   gqa_plan plan;
   gqa_device device;
+  GQA_RETURN_IF_ERROR(gqa::check_params(p));
   GQA_RETURN_IF_ERROR(gqa::cuda::current_device(&device));
   GQA_RETURN_IF_ERROR(gqa_add_rmsnorm_plan(p, &device, &plan));
   return gqa::cuda::run(p, plan, stream);
