@@ -115,9 +115,10 @@ def test_lengths_of_any_kind(guard: Guard, dtype: torch.dtype) -> None:
 def test_p6_bad_lengths(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
     """A length out of range drops that sequence's write and no other."""
     case = make_case([(3, cached, 3) for cached in (30, 14, 60)], dtype=dtype, rotary=make_rotary(64))
-    for bad in (-1, 62, 65, INT_MAX, INT_MIN):
+    for bad in (-1, 62, 65, INT_MAX, INT_MIN, 2**63 - 1, 2**63 - 2, -(2**63)):
         cache = build_cache(case, guard, page_size=page_size, capacity=64)
-        append_dropping(case, guard, cache, cache_seqlens=guard.ints([30, bad, 60]))
+        kind = torch.int32 if INT_MIN <= bad <= INT_MAX else torch.int64
+        append_dropping(case, guard, cache, cache_seqlens=guard.ints([30, bad, 60], kind))
 
 
 @every_dtype

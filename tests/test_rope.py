@@ -450,7 +450,7 @@ def test_plan_takes_vectors_where_all_is_aligned() -> None:
     misaligned = torch.zeros(2 * 9 * 6 * 128 + 1)[1:].view(2, 9, 6, 128)
     assert launch(misaligned, k, cos, cos)["kernel"] == "rope_scalar"
     assert launch(q, k, cos[:, 1:9], cos[:, 1:9])["kernel"] == "rope_scalar"
-    for heads, dim in itertools.product((1, 7, 32, 71, 256), (8, 64, 96, 256)):
+    for heads, dim in itertools.product((1, 7, 32, 40, 71, 80, 256), (8, 64, 96, 192, 224, 256)):
         plan = launch(torch.zeros(1, 3, heads, dim), None, torch.zeros(3, dim // 2), torch.zeros(3, dim // 2))
         x, y, z = plan["block"]
         assert x * y * z <= 320 and z <= 64 and plan["grid"][0] * z >= 3

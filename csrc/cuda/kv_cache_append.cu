@@ -23,7 +23,7 @@ __device__ NewRow find_row(const gqa_kv_cache_append_params &p, int64_t b, int64
   bool valid = true;
   if (p.cu_seqlens.data != nullptr) valid = load_span(p.cu_seqlens, b, p.total_tokens, p.seqlen, &start, &length);
   const int64_t cached = load_index_or(p.cache_seqlens, 0, b), leftpad = load_index_or(p.cache_leftpad, 0, b);
-  const bool fits = p.v_cache == nullptr || (cached >= 0 && cached + length <= p.cache_capacity);
+  const bool fits = p.v_cache == nullptr || (cached >= 0 && cached <= p.cache_capacity - length);
   valid = valid && token < length && fits && leftpad >= 0;
   return {valid, start + token, cached + token, cached + token - leftpad};
 }

@@ -110,6 +110,7 @@ const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device 
   const int64_t *v_stride = cached ? p->v_cache_stride : p->v_stride;
   const int64_t queries[3] = {is_ragged(p) ? 1 : p->batch, is_ragged(p) ? p->total_q : p->seqlen_q, p->num_q_heads};
   const int64_t outer = is_paged(p) ? p->num_pages : (is_packed(p) ? 1 : p->batch);
+  if (outer < 1) return "wgmma tiles take at least one sequence";
   const int64_t tokens = is_paged(p) ? p->page_size : (is_packed(p) ? p->total_k : longest_k);
   const int64_t keys[3] = {outer, tokens, p->num_kv_heads};
   if (!is_aligned(p->q, p->q_stride, queries) || !is_aligned(p->out, p->out_stride, queries) ||

@@ -48,8 +48,8 @@ bool is_dense_rope(const Params &p, bool vectors) {
 inline void plan_rope_dense(const char *op, const char *kernel, int32_t dtype, int64_t tokens, int64_t heads, int64_t x,
                             const RopeVariant &variant, gqa_plan *plan) {
   constexpr int64_t kMaxThreads = 320, kFullBlock = 256;
-  const int64_t in_warp = 32 % x == 0 ? 32 / x : 1, parts = ceil_div(heads * x, kMaxThreads);
-  const int64_t y = ceil_div(ceil_div(heads, parts), in_warp) * in_warp;
+  const int64_t in_warp = 32 % x == 0 ? 32 / x : 1, most = kMaxThreads / x / in_warp * in_warp;
+  const int64_t y = ceil_div(ceil_div(heads, ceil_div(heads, most)), in_warp) * in_warp;
   const int64_t z = std::min(std::max<int64_t>(kFullBlock / (x * y), 1), std::min<int64_t>(tokens, 64));
   add_launch(plan,
              make_launch(op, kernel, dtype, {ceil_div(tokens, z), ceil_div(heads, y)}, {x, y, z}, 0, variant.encode()));

@@ -18,6 +18,7 @@ int64_t widest_access(const gqa_swiglu_params &flat) {
 // x walks a row, y takes several rows where they are short. A warp that takes several accesses takes them of one row.
 gqa_status plan_rows(const gqa_swiglu_params &flat, gqa_plan *plan) {
   const int64_t rows = flat.rows[0] * flat.rows[1], access = widest_access(flat), element = dtype_size(flat.dtype);
+  if (access < element) return GQA_STATUS_INVALID_ARGUMENT;  // elements that are not aligned
   const int64_t accesses = ceil_div(flat.hidden * element, access), runs = swiglu_runs(access);
   // Little work is spread over more blocks, for latency.
   constexpr int64_t kLittle = int64_t{1} << 20;

@@ -19,7 +19,8 @@ const char *refusal(const gqa_swiglu_ffn_params &p, const gqa_device &device) {
   }
   const bool fits = aligned(p.x, p.x_stride, p.tokens) && aligned(p.w_gate, p.w_gate_stride, p.intermediate) &&
                     aligned(p.w_up, p.w_up_stride, p.intermediate) &&
-                    aligned(p.w_down, p.w_down_stride, p.out_features);
+                    aligned(p.w_down, p.w_down_stride, p.out_features) &&
+                    aligned(p.activation, p.intermediate, p.tokens);
   if (!fits) return "rows are not 16-byte aligned: torch's matrix products around swiglu";
   constexpr int64_t kLargest = int64_t{1} << 30;
   if (std::max({p.hidden, p.intermediate, p.out_features}) > kLargest) {
