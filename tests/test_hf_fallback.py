@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import WINDOW, shared_model
 from support.guard import same_bytes
 from support.llama import assert_same_model, make_llama, make_prompt, positions_of
 from torch import Tensor
@@ -105,6 +106,34 @@ def test_training(device: str, caplog: pytest.LogCaptureFixture) -> None:
             gradients.append([parameter.grad for parameter in model.parameters()])
         assert all(same_bytes(a, b) for a, b in zip(*gradients))
         assert [reason for reason in report.fallbacks if "gradients are wanted" in reason]
+
+
+def test_packed_training_with_checkpointing(device: str) -> None:
+    """Checkpointing turns the cache off inside transformers, which then reads the sequences off the positions."""
+    ids = make_prompt(device, [20])["input_ids"]
+    positions = torch.arange(20, device=device)[None] % 7
+    gradients = []
+    for wanted in (False, True):
+        model = make_llama(device).train()
+        model.gradient_checkpointing_enable()
+        if wanted:
+            gqa_kernels.patch(model)
+        model(ids, position_ids=positions, labels=ids).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(same_bytes(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_bidirectional_over_a_padded_batch(device: str, family: str) -> None:
+    """A call that takes causality away, with a cache, and windows that a prompt leaves behind."""
+    model, inputs = shared_model(family, device), make_prompt(device, [WINDOW + 6, 9])
+    rows = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**inputs, is_causal=False).logits[rows]
+        with gqa_kernels.patched(model) as report:
+            actual = model(**inputs, is_causal=False).logits[rows]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+    assert list(report.fallbacks) == ["is_causal is False"]
 
 
 def test_dropout(device: str) -> None:

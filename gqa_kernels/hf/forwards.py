@@ -134,9 +134,8 @@ def model_forward(
 ) -> Any:
     """The family's model with its mask as bounds (see masks.py)."""
     inputs = inputs_embeds if inputs_embeds is not None else input_ids
-    if inputs is not None and (
-        attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
-    ):
+    ours = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
+    if inputs is not None and ours and kwargs.get("is_causal") is not False:
         bounds = make_bounds(
             module.config,
             attention_mask,
@@ -145,7 +144,7 @@ def model_forward(
             queries=inputs.shape[1],
             device=inputs.device,
             position_ids=position_ids,
-            use_cache=bool(use_cache if use_cache is not None else module.config.use_cache),
+            use_cache=_makes_cache(module, use_cache),
         )
         attention_mask = bounds if bounds is not None else attention_mask
     return type(module).forward(
@@ -158,6 +157,13 @@ def model_forward(
         use_cache=use_cache,
         **kwargs,
     )
+
+
+def _makes_cache(module: Any, use_cache: bool | None) -> bool:
+    """What transformers makes of ``use_cache`` before it builds a mask."""
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        return False
+    return bool(use_cache if use_cache is not None else module.config.use_cache)
 
 
 def create_masks_for_generate(
