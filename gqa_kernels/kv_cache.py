@@ -99,18 +99,22 @@ class BaseCache(ABC):
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options: Any) -> Any:
         """Attention over one layer, appending k and v first where given: :func:`gqa_attention_decode` up to 16 query
-        tokens, else :func:`gqa_attention_prefill`, with their options. The lengths move with ``advance``."""
+        tokens, else :func:`gqa_attention_prefill`, with their options. The lengths move with ``advance``.
+
+        Ragged tokens (``cu_seqlens_q``) that are appended need ``max_seqlen_q``: each row makes room for so many."""
         k_cache, v_cache = self.layer(layer)
+        ragged = options.get("cu_seqlens_q") is not None
         if k is not None:
-            self.reserve(self._tokens(k))
-        if 1 <= q.shape[1] <= MAX_DECODE_QUERIES and options.get("causal", True):
+            self.reserve(self._longest(options.get("max_seqlen_q")) if ragged else self._tokens(k))
+        if not ragged and 1 <= q.shape[1] <= MAX_DECODE_QUERIES and options.get("causal", True):
             options.pop("causal", None)
             return gqa_attention_decode(q, k_cache, v_cache, k, v, **self.where(), **options)
         return gqa_attention_prefill(q, k, v, k_cache, v_cache, **self.where(), **options)
 
     def advance(self, tokens: int | Tensor, *, at_most: int | None = None) -> None:
         """Counts ``tokens`` appended to every row, on the device. A tensor ``[batch]`` gives each row its own number,
-        from 0 to ``at_most`` (drafted tokens that were accepted); what is beyond these is clamped.
+        from 0 to ``at_most`` (drafted tokens that were accepted); what is beyond these is clamped. The host then counts
+        ``at_most`` for each row; ``crop(int(cache.lengths.max()))`` waits for the device and takes the excess back.
 
         Called once a step, outside of captured graphs: a replay would move the lengths and not the host's bounds."""
         if isinstance(tokens, Tensor):
@@ -140,7 +144,7 @@ class BaseCache(ABC):
     def reset(self, rows: Iterable[int] | None = None) -> None:
         """Empties all rows, or these."""
         chosen = self._rows(rows)
-        if len(chosen) == self.batch:
+        if len(set(chosen)) == self.batch:
             self.lengths.zero_()
         else:
             self.lengths.index_fill_(0, to_device(chosen, self.device), 0)
@@ -168,6 +172,13 @@ class BaseCache(ABC):
         if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (self.batch, self.num_kv_heads, self.head_dim):
             raise RuntimeError(f"{type(self).__name__}: k must be {list(expected)}, got shape {list(k.shape)}")
         return k.shape[1]
+
+    def _longest(self, max_seqlen_q: int | None) -> int:
+        if max_seqlen_q is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: max_seqlen_q must be given with cu_seqlens_q, k and v, got None"
+            )
+        return max_seqlen_q
 
     def _check_room(self, what: str, tokens: int) -> None:
         room = self.capacity - self.length_bound

@@ -156,6 +156,8 @@ class PagedKVCache(BaseCache):
     def fork(self, rows: Sequence[int] | None = None) -> PagedKVCache:
         """A new cache on the same pool whose row i shares the pages of row ``rows[i]`` (default: of every row)."""
         chosen = self._rows(rows)
+        if not chosen:
+            raise RuntimeError("PagedKVCache.fork: rows must hold at least 1 row, got 0")
         other = PagedKVCache.__new__(PagedKVCache)
         other.__dict__.update(self.__dict__)
         other.batch = len(chosen)

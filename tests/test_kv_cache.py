@@ -14,7 +14,7 @@ from support.bounds import DTYPES, assert_within_bound, to_numpy
 from support.guard import same_bytes
 from torch import Tensor
 
-from gqa_kernels import KVCache, PagedKVCache, attention_with_kv_cache
+from gqa_kernels import KVCache, PagedKVCache, attention_with_kv_cache, gqa_attention_prefill
 
 LAYERS, HEADS, DIM = 2, 2, 8
 
@@ -193,6 +193,47 @@ def test_bytes(kind: str) -> None:
         _ = cache.bytes_saved
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_a_row_named_twice_is_reset_alone(device: str, kind: str) -> None:
+    cache = make_cache(kind, device)
+    cache.reserve(3)
+    cache.advance(3)
+    cache.reset([0, 0])
+    assert cache.lengths.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_bounds_that_ran_ahead_are_taken_back(device: str, kind: str) -> None:
+    """Drafts of which one token is accepted, until the bounds alone are at the capacity."""
+    cache = make_cache(kind, device)
+    for _ in range(10):
+        cache.reserve(4)
+        cache.advance(torch.tensor([1, 2], device=device), at_most=4)
+    with pytest.raises(RuntimeError, match="tokens must be from 0 to 0"):
+        cache.reserve(1)
+    cache.crop(int(cache.lengths.max()))
+    cache.reserve(4)
+    assert cache.lengths.tolist() == [10, 20] and cache.length_bound == 20
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+@pytest.mark.parametrize("heads", [2, 32])
+def test_attend_takes_ragged_tokens(device: str, kind: str, heads: int) -> None:
+    """Few heads or many: q's second dimension is not its tokens."""
+    tokens, ragged = [5, 7], {"cu_seqlens_q": torch.tensor([0, 5, 12], device=device), "max_seqlen_q": 7}
+    q, k, v = (torch.randn(12, n, DIM, device=device) for n in (heads, HEADS, HEADS))
+    cache = make_cache(kind, device)
+    out = cache.attend(0, q, k, v, **ragged)
+    cache.advance(torch.tensor(tokens, device=device), at_most=7)
+    torch.testing.assert_close(cache.attend(0, q, **ragged), out, rtol=1e-5, atol=1e-5)
+    alone = [
+        gqa_attention_prefill(*(part[None] for part in parts)) for parts in zip(*(t.split(tokens) for t in (q, k, v)))
+    ]
+    torch.testing.assert_close(out, torch.cat(alone, dim=1)[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="max_seqlen_q must be given with cu_seqlens_q"):
+        cache.attend(0, q, k, v, cu_seqlens_q=ragged["cu_seqlens_q"])
+
+
 def test_misuse() -> None:
     with pytest.raises(RuntimeError, match="KVCache: capacity must be at least 1, got 0"):
         KVCache(1, 1, 0, 1, 8)
@@ -209,6 +250,7 @@ def test_misuse() -> None:
         "length must be at least 0, got -1": lambda: cache.crop(-1),
         "at_most must be given": lambda: cache.advance(torch.ones(2)),
         "from 0 to 40 .*, got -1": lambda: cache.advance(-1),
+        "rows must hold at least 1 row, got 0": lambda: make_cache("paged", "cpu").fork([]),
     }.items():
         with pytest.raises(RuntimeError, match=match):
             call()
