@@ -82,6 +82,7 @@ class PagedKVCache(BaseCache):
 
     def _hold(self, pool: _PagePool, tables: list[list[int]]) -> None:
         self._pool, self._tables = pool, tables
+        self._ready = 0  # tokens a row that the pages are known to take: each layer of a step asks for the same
         weakref.finalize(self, _drop_all, pool, tables)
 
     @property
@@ -93,7 +94,7 @@ class PagedKVCache(BaseCache):
 
     def reserve(self, tokens: int) -> None:
         self._check_room("append", tokens)
-        if tokens == 0:
+        if tokens <= self._ready:
             return
         copies, new = self._wanted(tokens)
         if len(copies) + len(new) > len(self._pool.free):
@@ -114,6 +115,7 @@ class PagedKVCache(BaseCache):
         for row, _ in new:
             self._tables[row].append(self._pool.take())
         self._write_table([(row, column, self._tables[row][column]) for row, column in copies + new])
+        self._ready = tokens
 
     def _wanted(self, tokens: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(row, column) of the pages to copy because others hold them too, and of those to add."""
@@ -128,6 +130,10 @@ class PagedKVCache(BaseCache):
             new += [(row, column) for column in range(len(table), needed)]
         return copies, new
 
+    def advance(self, tokens: int | Tensor, *, at_most: int | None = None) -> None:
+        super().advance(tokens, at_most=at_most)
+        self._ready = 0
+
     def crop(self, length: int | Tensor) -> None:
         super().crop(length)
         self._give_back(range(self.batch))
@@ -140,6 +146,7 @@ class PagedKVCache(BaseCache):
     def _give_back(self, rows: Iterable[int]) -> None:
         """Drops the pages that no token of these rows can lie on."""
         gone = []
+        self._ready = 0
         for row in rows:
             table, kept = self._tables[row], -(-self._highest[row] // self.page_size)
             gone += [(row, column, -1) for column in range(kept, len(table))]
@@ -158,6 +165,7 @@ class PagedKVCache(BaseCache):
         chosen = self._rows(rows)
         if not chosen:
             raise RuntimeError("PagedKVCache.fork: rows must hold at least 1 row, got 0")
+        self._ready = 0  # its pages are about to be shared
         other = PagedKVCache.__new__(PagedKVCache)
         other.__dict__.update(self.__dict__)
         other.batch = len(chosen)

@@ -179,6 +179,22 @@ def test_forks_share_pages_until_one_writes(device: str) -> None:
     assert twin.cache.num_free_pages == 34
 
 
+def test_the_layers_of_a_step_look_for_pages_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = Twin(make_cache("paged", "cpu"), [[], []])
+    wanted, looks = PagedKVCache._wanted, []
+    monkeypatch.setattr(PagedKVCache, "_wanted", lambda cache, tokens: looks.append(tokens) or wanted(cache, tokens))
+    for _ in range(3):
+        twin.append(3)
+    assert looks == [3, 3, 3] and LAYERS > 1
+    twin.cache.reserve(2)
+    fork = Twin(twin.cache.fork(), [list(row) for row in twin.rows])
+    twin.append(2)
+    fork.append(1)
+    assert looks[3:] == [2, 2, 1], "a fork shares pages that were ready"
+    twin.check()
+    fork.check()
+
+
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
 def test_bytes(kind: str) -> None:
     cache = make_cache(kind, "cpu", batch=2, capacity=40)
