@@ -131,6 +131,16 @@ def test_a_span_stands_for_the_mask_of_transformers(window: int | None, offset: 
             assert torch.equal(dense, sdpa_mask(**arguments, allow_is_causal_skip=False))
 
 
+def test_sinks_of_another_dtype(device: str) -> None:
+    """As under autocast, where the projections' dtype is not the sinks'."""
+    q, k, v = (torch.randn(1, heads, 6, 16, device=device, dtype=torch.float16) for heads in (4, 2, 2))
+    sinks = torch.randn(4, device=device)
+    module, span = torch.nn.Module(), make_mask(1, 6, 6, device=device)
+    expected, _ = attention_function.attention(module, q, k, v, span, s_aux=sinks.bfloat16().float())
+    actual, _ = attention_function.attention(module, q, k, v, span, s_aux=sinks.bfloat16())
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_a_rule_that_is_not_causal_is_never_a_span() -> None:
     groups = torch.tensor([[0, 0, 1, 1]])
     rules = [

@@ -175,6 +175,8 @@ def _unserved(
         return f"this build of gqa_kernels has no kernels for device {q.device.type}"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return f"no kernel takes {q.dtype}, {k.dtype} and {v.dtype} together"
+    if sinks is not None and sinks.dtype not in (torch.float32, q.dtype):
+        return f"its sinks are {sinks.dtype} and its queries {q.dtype}"
     if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= 256 or v.shape[-1] != q.shape[-1]:
         return f"head_dim is {q.shape[-1]}, and the kernels take multiples of 8 up to 256"
     return None
