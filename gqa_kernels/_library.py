@@ -17,7 +17,7 @@ except ImportError as error:
 ops: Any = torch.ops.gqa_kernels
 C: Any = _C
 
-__all__ = ["C", "ops", "refuse_grad"]
+__all__ = ["C", "ops", "pair_of", "refuse_grad"]
 
 
 def refuse_grad(op: str, **tensors: torch.Tensor | None) -> None:
@@ -30,3 +30,11 @@ def refuse_grad(op: str, **tensors: torch.Tensor | None) -> None:
                 f"{op}: {name} must not require grad, got requires_grad=True with grad enabled: "
                 "these are inference kernels without a backward; call them under torch.no_grad()"
             )
+
+
+def pair_of(op: str, names: str, out: Any) -> tuple[Any, Any]:
+    """The two tensors of an ``out=``, or a refusal that says what was wanted."""
+    if isinstance(out, torch.Tensor) or len(out) != 2:
+        given = "one tensor" if isinstance(out, torch.Tensor) else f"{len(out)} of them"
+        raise RuntimeError(f"{op}: out must be two tensors, {names}, got {given}")
+    return out[0], out[1]

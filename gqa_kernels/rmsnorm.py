@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_kernels._library import ops, refuse_grad
+from gqa_kernels._library import ops, pair_of, refuse_grad
 
 
 def rmsnorm(
@@ -80,7 +80,7 @@ def add_rmsnorm(
     """
     refuse_grad("add_rmsnorm", x=x, residual=residual, weight=weight)
     if out is not None:
-        normed, new_residual = out
+        normed, new_residual = pair_of("add_rmsnorm", "(normed, new_residual)", out)
         refuse_grad("add_rmsnorm", out=normed, residual_out=new_residual)
         ops.add_rmsnorm.out(
             x, residual, weight, eps, weight_offset=weight_offset, cast_before_weight=cast_before_weight,

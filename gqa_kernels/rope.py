@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gqa_kernels._library import ops, refuse_grad
+from gqa_kernels._library import ops, pair_of, refuse_grad
 from gqa_kernels.validation import validate_positions, validating
 
 
@@ -75,7 +75,7 @@ def rope(
     if validating() and position_ids is not None and cos.dim() == 2:
         validate_positions("rope", "position_ids", position_ids, cos.shape[0])
     if out is not None:
-        q_out, k_out = (out, None) if isinstance(out, Tensor) else out
+        q_out, k_out = (out, None) if isinstance(out, Tensor) else pair_of("rope", "one for q and one for k", out)
         refuse_grad("rope", q_out=q_out, k_out=k_out)
         ops.rope.out(q, k, cos, sin, position_ids=position_ids, interleaved=interleaved, q_out=q_out, k_out=k_out)
         return out

@@ -180,6 +180,17 @@ def test_p20_refused(case: int) -> None:
     assert f"{op}: {words}" in str(caught.value)
 
 
+@pytest.mark.parametrize("count", [None, 1, 3])
+def test_p20_not_a_pair(count: int | None) -> None:
+    x, q, table = torch.randn(3, 16), torch.randn(1, 2, 2, 8), torch.randn(4, 4)
+    given = "one tensor" if count is None else f"{count} of them"
+    with pytest.raises(RuntimeError, match=rf"^add_rmsnorm: out must be two tensors, \(normed, .*\), got {given}$"):
+        gqa_kernels.add_rmsnorm(x, x, x[0], out=x if count is None else (x,) * count)  # type: ignore[arg-type]
+    if count is not None:
+        with pytest.raises(RuntimeError, match=f"^rope: out must be two tensors, one for q .*, got {given}$"):
+            gqa_kernels.rope(q, q, table, table, out=(q,) * count)  # type: ignore[call-overload]
+
+
 def test_grad_is_refused() -> None:
     x, weight = torch.randn(2, 16), torch.randn(16)
     with pytest.raises(RuntimeError, match="rmsnorm: out must not require grad"):
