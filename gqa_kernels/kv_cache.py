@@ -297,6 +297,11 @@ def attention_with_kv_cache(
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor.dim() != 4:
             raise RuntimeError(f"attention_with_kv_cache: {name} must be [B, H, S, D], got shape {list(tensor.shape)}")
+    if not isinstance(past_key_value, KVCache | None):
+        raise RuntimeError(
+            "attention_with_kv_cache: past_key_value must be the cache that an earlier call returned, or None, "
+            f"got {type(past_key_value).__name__}"
+        )
     query, key, value = (tensor.transpose(1, 2) for tensor in (q, k, v))
     batch, tokens, num_kv_heads, head_dim = key.shape
     cache = past_key_value

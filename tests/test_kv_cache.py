@@ -272,6 +272,8 @@ def test_misuse() -> None:
             call()
     with pytest.raises(RuntimeError, match=r"q must be \[B, H, S, D\], got shape \[1, 1, 8\]"):
         attention_with_kv_cache(*[torch.zeros(1, 1, 8)] * 3)
+    with pytest.raises(RuntimeError, match=r"past_key_value must be the cache .*, or None, got tuple"):
+        attention_with_kv_cache(*[keys] * 3, past_key_value=(keys, keys))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
