@@ -1,8 +1,8 @@
-"""Decode attention: one query token over a full cache, against the read floor."""
+"""Decode attention: one query token over a full cache, bfloat16 or quantised, against the read floor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from benchmarks.report import Goal
 from benchmarks.shapes import Attention
 from benchmarks.timing import Settings
 
+E4M3, INT8 = torch.float8_e4m3fn, torch.int8
+UNQUANTISED = OURS + " (bfloat16 cache)"
 CAPTURED_AT_1 = OURS + " (captured at 1)"  # a graph captured at length 1, replayed at the lengths of the case
 
 
@@ -34,6 +36,61 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
         wanted = shapes.DECODE_QUICK if quick else shapes.DECODE
     for shape in wanted:
         yield _case(shape, settings)
+    for shape in shapes.DECODE_QUANTISED if settings.cuda and not quick else []:
+        yield _quantised(shape, settings)
+
+
+def _quantised(shape: Attention, settings: Settings) -> Case:
+    """The same keys and values in caches of three dtypes, which hold them exactly: eighths up to 2."""
+    cache = shape.batch, shape.seqlen, shape.kv_heads, shape.head_dim
+    options = {"dtype": torch.int8, "device": settings.device}
+
+    def make() -> Inputs:
+        k, v = (torch.randint(-16, 17, cache, **options) for _ in range(2))
+        q = shape.batch, 1, shape.q_heads, shape.head_dim
+        return {
+            "q": torch.randn(q, device=settings.device, dtype=torch.bfloat16),
+            "lengths": torch.full((shape.batch,), shape.seqlen, dtype=torch.int32, device=settings.device),
+            "scale": torch.full((1,), 0.125, device=settings.device),
+            "k8": k,
+            "v8": v,
+            "ke": k.to(E4M3),
+            "ve": v.to(E4M3),
+            "k": k.to(torch.bfloat16) / 8,
+            "v": v.to(torch.bfloat16) / 8,
+        }
+
+    def check(x: Inputs, out: Tensor) -> None:
+        row = torch.zeros(1, dtype=torch.int64, device=settings.device)
+        for b in range(shape.batch):
+            part = slice(b, b + 1)
+            assert_close(out[part], [attention_rows(x["q"][part], x["k"][part], x["v"][part], row, False)])
+
+    def call(k: str, v: str) -> Callable[[Inputs], Tensor]:
+        def run(x: Inputs) -> Tensor:
+            scales = {} if k == "k" else {"k_scale": x["scale"], "v_scale": x["scale"]}
+            out: Tensor = gqa_kernels.gqa_attention_decode(x["q"], x[k], x[v], cache_seqlens=x["lengths"], **scales)
+            return out
+
+        return run
+
+    keys = shape.batch * shape.seqlen * shape.kv_heads * shape.head_dim
+    return Case(
+        group="decode",
+        op="gqa_attention_decode",
+        shape=shape.decode_name + " float8_e4m3fn cache",
+        make=make,
+        contestants=[
+            Contestant(OURS, call("ke", "ve")),
+            Contestant(OURS + " (int8 cache)", call("k8", "v8")),
+            Contestant(UNQUANTISED, call("k", "v")),
+        ],
+        check=check,
+        limit="read",
+        traffic=2 * keys,
+        flops=4.0 * keys * (shape.q_heads // shape.kv_heads),
+        goals=(Goal(beside=(UNQUANTISED, 0.56)),),
+    )
 
 
 def _case(shape: Attention, settings: Settings) -> Case:

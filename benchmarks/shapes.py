@@ -65,6 +65,13 @@ DECODE = [
     *_decode((16, 8, 256), (4, 4 * K)),
     Attention(64, 8, 128, 3, 20000, lengths=(5, 777, 20000)),
 ]
+DECODE_QUANTISED = [
+    *_decode((32, 8, 128), (1, 32 * K), (1, 128 * K), (8, 4 * K), (64, 4 * K)),
+    *_decode((14, 2, 64), (64, 4 * K)),
+    *_decode((32, 32, 96), (16, 4 * K)),
+    *_decode((28, 4, 128), (16, 8 * K)),
+    *_decode((16, 8, 256), (4, 4 * K)),
+]
 DECODE_QUICK = _decode((32, 8, 128), (16, 2 * K))
 DECODE_CPU = [
     *_decode((32, 8, 128), (1, K)),

@@ -65,7 +65,7 @@ def attention_calls() -> list[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     ragged = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 2048, "max_seqlen_k": 2048}
     at = {"cache_seqlens": lengths}
     paged = {**at, "block_table": table}
-    scale = tensor(8, dtype=torch.float32)
+    scale, eights = tensor(8, dtype=torch.float32), tensor(B, 4096, 8, D, dtype=torch.int8)
     return [
         ("causal", prefill, (q, k, k), {}),
         ("full", prefill, (q, k, k), {"causal": False}),
@@ -80,7 +80,9 @@ def attention_calls() -> list[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
         *((name, decode, (one, cache, cache, new, new), {**at, **option}) for name, option in options.items()),
         ("16 tokens", decode, (q[:, :16], cache, cache, k[:, :16], k[:, :16]), at),
         ("float32", decode, tuple(x.float() for x in (one, cache, cache)), at),
-        ("FP8 or INT8 caches", decode, (one, cache, cache), {**at, "k_scale": scale}),
+        ("float8_e4m3fn or int8 caches", decode, (one, eights, eights), {**at, "k_scale": scale}),
+        ("append to float8_e4m3fn or int8 caches", decode, (one, eights, eights, new, new), {**at, "k_scale": scale}),
+        ("over a float8_e4m3fn or int8 prefix", prefill, (q, k, k, eights, eights), {**at, "k_scale": scale}),
     ]
 
 

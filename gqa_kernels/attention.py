@@ -62,7 +62,8 @@ def gqa_attention_prefill(
             multiple of 8 up to 256.
         k, v: ``[B, Sk, Hkv, D]``, or ``[tokens, Hkv, D]``; Hkv divides Hq.
         k_cache, v_cache: ``[B, capacity, Hkv, D]``, or ``[pages, page_size, Hkv, D]`` with ``block_table``. Written in
-            place where k and v are given.
+            place where k and v are given. Of q's dtype; beside float16 and bfloat16 also torch.float8_e4m3fn or
+            torch.int8.
         cache_seqlens: int32 or int64 ``[B]``, or 0-d for one length for all: tokens in the cache before this call.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``[B + 1]``: sequence b is rows ``cu[b]`` to ``cu[b + 1]``. With a
             cache, ``cu_seqlens_q`` divides k and v too. Rows of q past the last offset give 0.
@@ -81,7 +82,10 @@ def gqa_attention_prefill(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none.
         sinks: ``[Hq]``, float32 or the dtype of q: a logit of each head that takes weight and gives nothing. It is
             neither scaled nor capped, and is part of the lse.
-        k_scale, v_scale: for quantised caches, not supported yet.
+        k_scale, v_scale: float32, one element or ``[Hkv]``, positive: with caches of torch.float8_e4m3fn or torch.int8
+            a key is what is stored times ``k_scale``; None is 1. New keys and values are stored as x / scale, divided
+            in float32, rounded to nearest even and held within ±448 or ±127 (NaN is 0 in int8), and attended to as
+            stored.
         num_splits: parts the keys are divided into on a GPU; 0 chooses.
         batch_invariant: on a GPU, a row's bytes do not depend on the batch around it.
         return_lse: also return the log-sum-exp.
@@ -158,7 +162,8 @@ def gqa_attention_decode(
 
     Args:
         q: ``[B, Sq, Hq, D]``, Sq from 1 to 16; float32, float16 or bfloat16. D is a multiple of 8 up to 256.
-        k_cache, v_cache: ``[B, capacity, Hkv, D]``, or ``[pages, page_size, Hkv, D]`` with ``block_table``.
+        k_cache, v_cache: ``[B, capacity, Hkv, D]``, or ``[pages, page_size, Hkv, D]`` with ``block_table``; of q's
+            dtype, or quantised as in :func:`gqa_attention_prefill`.
         k, v: ``[B, Sq, Hkv, D]``: the keys and values of the new tokens, rotated where there are tables and written in
             place at rows ``cache_seqlens[b]`` and on. None: the new tokens are in the cache already, and
             ``cache_seqlens`` counts them.
@@ -214,7 +219,7 @@ def kv_cache_append(
     Args:
         k, v: ``[B, S, Hkv, D]`` float32, float16 or bfloat16.
         k_cache, v_cache: ``[B, capacity, Hkv, D]``, or ``[pages, page_size, Hkv, D]`` with ``block_table``; changed in
-            place.
+            place. Of k's dtype, or quantised as in :func:`gqa_attention_prefill`.
         cache_seqlens: int32 or int64 ``[B]``, or 0-d: tokens in the cache before this call. Never changed.
         cache_leftpad: int32 or int64 ``[B]``: a token's default rotary position is its row less this.
         block_table, rotary_cos, rotary_sin, rotary_positions, rotary_interleaved, k_scale, v_scale: as in

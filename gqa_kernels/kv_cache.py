@@ -16,11 +16,18 @@ from torch import Tensor
 from gqa_kernels.attention import gqa_attention_decode, gqa_attention_prefill, kv_cache_append
 
 MAX_DECODE_QUERIES = 16  # the most that gqa_attention_decode takes
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+Scale = Tensor | float | None
 
 
 def to_device(values: Sequence[Any], device: torch.device) -> Tensor:
     """Small host data as int64 on the device, without waiting for it."""
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def movable(cache: Tensor) -> Tensor:
+    """The same memory in a dtype that torch indexes on every device."""
+    return cache.view(torch.uint8) if cache.dtype in QUANTIZED else cache
 
 
 class BaseCache(ABC):
@@ -50,7 +57,13 @@ class BaseCache(ABC):
         self.lengths: Tensor  #: int32 [batch] on the device, what the ops take as ``cache_seqlens``
 
     def _allocate(
-        self, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any, num_q_heads: int | None
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None,
+        device: Any,
+        num_q_heads: int | None,
+        k_scale: Scale,
+        v_scale: Scale,
     ) -> None:
         if num_q_heads is not None and (num_q_heads < 1 or num_q_heads % self.num_kv_heads):
             raise RuntimeError(
@@ -60,7 +73,31 @@ class BaseCache(ABC):
         self.num_q_heads = num_q_heads
         self._k = torch.empty(shape, dtype=dtype, device=device)
         self._v = torch.empty_like(self._k)
+        #: float32 [num_layers, num_kv_heads] on the device, where given: what numbers of a quantised cache stand for
+        self.k_scale = self._scales("k_scale", k_scale)
+        self.v_scale = self._scales("v_scale", v_scale)
         self.lengths = torch.zeros(self.batch, dtype=torch.int32, device=self._k.device)
+
+    def _scales(self, name: str, scale: Scale) -> Tensor | None:
+        if scale is None:
+            return None
+        if self.dtype not in QUANTIZED:
+            raise RuntimeError(
+                f"{type(self).__name__}: {name} must be None unless dtype is float8_e4m3fn or int8, got a value"
+            )
+        shape = self.num_layers, self.num_kv_heads
+        values = torch.as_tensor(scale, dtype=torch.float32).to(self.device)
+        if values.dim() > 2 or any(size not in (1, n) for size, n in zip(values.shape[::-1], shape[::-1])):
+            raise RuntimeError(
+                f"{type(self).__name__}: {name} must be one number, [num_kv_heads] or [num_layers, num_kv_heads] = "
+                f"{list(shape)}, got shape {list(values.shape)}"
+            )
+        return values.expand(shape).contiguous()
+
+    def _scaled(self, layer: int, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a call on one layer, with the scales of its cache."""
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return {**options, **{name: scale[layer] for name, scale in scales.items() if scale is not None}}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,7 +132,7 @@ class BaseCache(ABC):
         :func:`kv_cache_append` (rotation, left padding). The lengths move with ``advance``, once for all layers."""
         k_cache, v_cache = self.layer(layer)
         self.reserve(self._tokens(k))
-        kv_cache_append(k, v, k_cache, v_cache, **self.where(), **options)
+        kv_cache_append(k, v, k_cache, v_cache, **self.where(), **self._scaled(layer, options))
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options: Any) -> Any:
         """Attention over one layer, appending k and v first where given: :func:`gqa_attention_decode` up to 16 query
@@ -106,6 +143,7 @@ class BaseCache(ABC):
         ragged = options.get("cu_seqlens_q") is not None
         if k is not None:
             self.reserve(self._longest(options.get("max_seqlen_q")) if ragged else self._tokens(k))
+        options = self._scaled(layer, options)
         if not ragged and 1 <= q.shape[1] <= MAX_DECODE_QUERIES and options.get("causal", True):
             options.pop("causal", None)
             return gqa_attention_decode(q, k_cache, v_cache, k, v, **self.where(), **options)
@@ -208,8 +246,11 @@ class KVCache(BaseCache):
 
     Args:
         batch, num_layers, capacity, num_kv_heads, head_dim: its size; capacity is tokens per sequence.
-        dtype, device: of keys and values; torch's defaults.
+        dtype, device: of keys and values; torch's defaults. With torch.float8_e4m3fn or torch.int8 float16 and bfloat16
+            keys and values are quantised as they are appended.
         num_q_heads: only to tell ``bytes_saved``.
+        k_scale, v_scale: of a quantised cache, whose numbers stand for themselves times the scale: one number,
+            ``[num_kv_heads]`` or ``[num_layers, num_kv_heads]``; 1 where not given.
 
     A step: ``out = cache.attend(layer, q, k, v)`` for each layer, then ``cache.advance(tokens)``.
     """
@@ -225,9 +266,12 @@ class KVCache(BaseCache):
         dtype: torch.dtype | None = None,
         device: Any = None,
         num_q_heads: int | None = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
     ) -> None:
         super().__init__(batch, num_layers, capacity, num_kv_heads, head_dim)
-        self._allocate((num_layers, batch, capacity, num_kv_heads, head_dim), dtype, device, num_q_heads)
+        shape = (num_layers, batch, capacity, num_kv_heads, head_dim)
+        self._allocate(shape, dtype, device, num_q_heads, k_scale, v_scale)
 
     def where(self) -> dict[str, Any]:
         return {"cache_seqlens": self.lengths}
@@ -243,7 +287,7 @@ class KVCache(BaseCache):
         for name in ("_k", "_v"):
             old = getattr(self, name)
             new = old.new_empty((self.num_layers, self.batch, capacity, self.num_kv_heads, self.head_dim))
-            new[:, :, :used] = old[:, :, :used]
+            movable(new)[:, :, :used] = movable(old)[:, :, :used]
             setattr(self, name, new)
         self.capacity = capacity
 
@@ -259,12 +303,14 @@ class KVCache(BaseCache):
             dtype=self.dtype,
             device=self.device,
             num_q_heads=self.num_q_heads,
+            k_scale=self.k_scale,
+            v_scale=self.v_scale,
         )
         other._lowest = [self._lowest[row] for row in chosen]
         other._highest = [self._highest[row] for row in chosen]
         index, used = to_device(chosen, self.device), other.length_bound
-        other._k[:, :, :used] = self._k[:, index, :used]
-        other._v[:, :, :used] = self._v[:, index, :used]
+        movable(other._k)[:, :, :used] = movable(self._k)[:, index, :used]
+        movable(other._v)[:, :, :used] = movable(self._v)[:, index, :used]
         other.lengths = self.lengths[index]
         return other
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_kernels.kv_cache import BaseCache, to_device
+from gqa_kernels.kv_cache import BaseCache, Scale, movable, to_device
 
 
 class _PagePool:
@@ -48,8 +48,8 @@ class PagedKVCache(BaseCache):
     is copied when one of its holders is about to write to it.
 
     Args:
-        batch, num_layers, capacity, num_kv_heads, head_dim, dtype, device, num_q_heads: as in :class:`KVCache`;
-            capacity is rounded up to whole pages.
+        batch, num_layers, capacity, num_kv_heads, head_dim, dtype, device, num_q_heads, k_scale, v_scale: as in
+            :class:`KVCache`; capacity is rounded up to whole pages.
         page_size: tokens to a page.
         num_pages: pages in the pool; None holds every row at full capacity.
     """
@@ -67,6 +67,8 @@ class PagedKVCache(BaseCache):
         dtype: torch.dtype | None = None,
         device: Any = None,
         num_q_heads: int | None = None,
+        k_scale: Scale = None,
+        v_scale: Scale = None,
     ) -> None:
         for name, value in {"page_size": page_size, "num_pages": num_pages}.items():
             if value is not None and value < 1:
@@ -75,7 +77,8 @@ class PagedKVCache(BaseCache):
         super().__init__(batch, num_layers, pages_per_row * page_size, num_kv_heads, head_dim)
         self.page_size = page_size
         self.num_pages = num_pages if num_pages is not None else batch * pages_per_row
-        self._allocate((num_layers, self.num_pages, page_size, num_kv_heads, head_dim), dtype, device, num_q_heads)
+        shape = (num_layers, self.num_pages, page_size, num_kv_heads, head_dim)
+        self._allocate(shape, dtype, device, num_q_heads, k_scale, v_scale)
         self._hold(_PagePool(self.num_pages), [[] for _ in range(batch)])
         #: int32 [batch, pages per row] on the device; -1 where a row has no page
         self.block_table = torch.full((batch, pages_per_row), -1, dtype=torch.int32, device=self.device)
@@ -110,8 +113,8 @@ class PagedKVCache(BaseCache):
             self._tables[row][column] = targets[-1]
         if copies:
             source, target = to_device(sources, self.device), to_device(targets, self.device)
-            self._k[:, target] = self._k[:, source]
-            self._v[:, target] = self._v[:, source]
+            movable(self._k)[:, target] = movable(self._k)[:, source]
+            movable(self._v)[:, target] = movable(self._v)[:, source]
         for row, _ in new:
             self._tables[row].append(self._pool.take())
         self._write_table([(row, column, self._tables[row][column]) for row, column in copies + new])

@@ -170,7 +170,7 @@ def cache_rows(op: str) -> list[Misuse]:
         ({"k_cache": zeros(B, CAPACITY, D)}, "k_cache", "[batch, capacity, num_kv_heads, head_dim]", "[2, 12, 16]"),
         ({"v_cache": zeros(B, CAPACITY + 1, HKV, D)}, "v_cache", "the shape of k_cache", "[2, 13, 2, 16]"),
         ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=HALF)}, "k_cache", "have the dtype of", "float16"),
-        ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=torch.int8)}, "k_cache", "have the dtype of", "int8"),
+        ({"k_cache": zeros(B, CAPACITY, HKV, D, dtype=torch.int16)}, "k_cache", "have the dtype of", "int16"),
         ({"k_cache": zeros(B, CAPACITY, HKV, 2 * D)[..., ::2]}, "k_cache", "stride 1", "stride 2"),
         (
             {"k_cache": zeros(3, CAPACITY, HKV, D), "v_cache": zeros(3, CAPACITY, HKV, D)},
@@ -197,8 +197,8 @@ def cache_rows(op: str) -> list[Misuse]:
         (TABLES | {"rotary_sin": zeros(3, D // 2)}, "rotary_sin", "rotary_cos", "[3, 8]"),
         ({"rotary_cos": zeros(12, D), "rotary_sin": zeros(12, D)}, "rotary_cos", "1 to 8", "[12, 16]"),
         (TABLES | {"rotary_positions": ints(B, S + 1)}, "rotary_positions", "[2, 3]", "[2, 4]"),
-        ({"k_scale": zeros(1)}, "k_scale", "None (quantised caches", "a value"),
-        ({"v_scale": zeros(1)}, "v_scale", "None (quantised caches", "a value"),
+        ({"k_scale": zeros(1)}, "k_scale", "None unless k_cache is float8_e4m3fn or int8", "a value"),
+        ({"v_scale": zeros(1)}, "v_scale", "None unless v_cache is float8_e4m3fn or int8", "a value"),
         ({"k": grad(B, S, HKV, D)}, "k", "not require grad", NO_GRAD),
     )
 

@@ -31,7 +31,10 @@ constexpr bool is_float_dtype(int32_t dtype) {
   return dtype == GQA_DTYPE_FLOAT32 || dtype == GQA_DTYPE_FLOAT16 || dtype == GQA_DTYPE_BFLOAT16;
 }
 
+constexpr bool is_quantized_dtype(int32_t dtype) { return dtype == GQA_DTYPE_FLOAT8_E4M3 || dtype == GQA_DTYPE_INT8; }
+
 constexpr int64_t dtype_size(int32_t dtype) {
+  if (is_quantized_dtype(dtype)) return 1;
   return dtype == GQA_DTYPE_INT64 ? 8 : (dtype == GQA_DTYPE_FLOAT32 || dtype == GQA_DTYPE_INT32) ? 4 : 2;
 }
 
@@ -42,6 +45,8 @@ constexpr const char *dtype_name(int32_t dtype) {
     case GQA_DTYPE_BFLOAT16: return "bfloat16";
     case GQA_DTYPE_INT32: return "int32";
     case GQA_DTYPE_INT64: return "int64";
+    case GQA_DTYPE_FLOAT8_E4M3: return "float8_e4m3fn";
+    case GQA_DTYPE_INT8: return "int8";
     default: return "unknown";
   }
 }

@@ -88,16 +88,18 @@ GQA_INLINE void load_query(const Work &w, int64_t token, int64_t head, float *ou
   to_floats(q, out, w.p.head_dim);
 }
 
-// Key or value `row`; NULL where the block table names no page, also for a new one, whose write is dropped.
-template <typename T, bool kKey>
-GQA_INLINE const T *locate(const Work &w, int64_t row, T *buffer) {
+// Where key or value `row` is cached; -1 where the block table names no page, also for a new one, whose write is
+// dropped.
+template <bool kKey>
+GQA_INLINE int64_t cached_at(const Work &w, int64_t row) {
   const auto &p = w.p;
-  const int64_t i = row - w.s.cached;
-  if (p.k_cache != nullptr) {
-    const int64_t offset = cache_offset(p, kKey ? p.k_cache_stride : p.v_cache_stride, w.b, row, w.kv_head);
-    if (offset < 0) return nullptr;
-    if (i < 0) return static_cast<const T *>(kKey ? p.k_cache : p.v_cache) + offset;
-  }
+  return p.k_cache == nullptr ? 0 : cache_offset(p, kKey ? p.k_cache_stride : p.v_cache_stride, w.b, row, w.kv_head);
+}
+
+// New key or value i, a key rotated.
+template <typename T, bool kKey>
+GQA_INLINE const T *find_new(const Work &w, int64_t i, T *buffer) {
+  const auto &p = w.p;
   const T *from = kKey ? new_row<T>(p.k, p.k_stride, w.ragged, w.s, w.b, i, w.kv_head)
                        : new_row<T>(p.v, p.v_stride, w.ragged, w.s, w.b, i, w.kv_head);
   if (!kKey || p.rotary.cos == nullptr) return from;
@@ -105,16 +107,35 @@ GQA_INLINE const T *locate(const Work &w, int64_t row, T *buffer) {
   return buffer;
 }
 
+// Key or value `row`, whose place in the cache is `at`, as floats: of a quantised cache what the cache makes of it.
+template <typename T, bool kKey>
+GQA_INLINE void load_row(const Work &w, int64_t row, int64_t at, float *out) {
+  const auto &p = w.p;
+  const void *cache = kKey ? p.k_cache : p.v_cache;
+  const int64_t i = row - w.s.cached;
+  T buffer[kMaxHeadDim];
+  if (p.quantization.dtype == 0) {
+    return to_floats(i < 0 ? static_cast<const T *>(cache) + at : find_new<T, kKey>(w, i, buffer), out, p.head_dim);
+  }
+  const float scale = kKey ? k_scale_of(p.quantization, w.kv_head) : v_scale_of(p.quantization, w.kv_head);
+  uint8_t bytes[kMaxHeadDim];
+  const uint8_t *stored = static_cast<const uint8_t *>(cache) + at;
+  if (i >= 0) {
+    quantize_row(p.quantization.dtype, find_new<T, kKey>(w, i, buffer), scale, bytes, p.head_dim);
+    stored = bytes;
+  }
+  for (int64_t d = 0; d < p.head_dim; ++d) out[d] = stored_value(p.quantization.dtype, stored[d]) * scale;
+}
+
 // Rows [first, last) of the key block at `base` as floats; the block's other rows are zero and never used.
 template <typename T, bool kKey>
 GQA_INLINE void load_rows(const Work &w, int64_t base, int64_t first, int64_t last, float *out) {
   const int64_t head_dim = w.p.head_dim;
   for (int64_t row = base; row < base + kKeys; ++row, out += head_dim) {
-    T buffer[kMaxHeadDim];
     const bool wanted = row >= first && row < last;
-    const T *from = wanted ? locate<T, kKey>(w, row, buffer) : nullptr;
-    if (from != nullptr) {
-      to_floats(from, out, head_dim);
+    const int64_t at = wanted ? cached_at<kKey>(w, row) : -1;
+    if (at >= 0) {
+      load_row<T, kKey>(w, row, at, out);
     } else {
       std::fill(out, out + head_dim, wanted ? kNan : 0.0f);
     }

@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps) combine_splits(const __gri
   }
   const float(&out)[2][4] = all.out;
   const float sum = all.sum;
-  const Finish finish = nobody ? Finish{0.0f, -INFINITY} : Finish::of<T>(p, head, highest, sum);
+  Finish finish = nobody ? Finish{0.0f, -INFINITY} : Finish::of<T>(p, head, highest, sum);
+  finish.factor *= value_scale(p, head);
   T *to = static_cast<T *>(p.out) + b * p.out_stride[0] + i * p.out_stride[1] + head * p.out_stride[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -243,6 +244,7 @@ gqa_kv_cache_append_params append_params(const gqa_attention_params &p) {
   std::copy_n(p.k_cache_stride, 3, append.k_cache_stride);
   std::copy_n(p.v_cache_stride, 3, append.v_cache_stride);
   append.rotary = p.rotary;
+  append.quantization = p.quantization;
   return append;
 }
 
@@ -292,7 +294,8 @@ AttentionArgs make_args(const gqa_attention_params &p, const AttentionPlan &plan
   a.num_splits = plan.num_splits;
   a.divisor = plan.divisor;
   a.min_chunk = plan.min_chunk;
-  a.transforms = p.softcap > 0 || !(p.softmax_scale > 0);
+  a.quantized = p.quantization.dtype;
+  a.transforms = p.softcap > 0 || !(p.softmax_scale > 0) || a.quantized != 0;
   a.multiplier = a.transforms ? 1.0f : p.softmax_scale * kLog2e;
   a.before_tanh = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;
   a.after_tanh = p.softcap * kLog2e;

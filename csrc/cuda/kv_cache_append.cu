@@ -1,4 +1,4 @@
-// kv_cache_append: writes new keys, rotated if asked, and values to their rows of the cache.
+// kv_cache_append: writes new keys, rotated if asked, and values to their rows of the cache, quantised if it is.
 // One thread per 8 elements of a new token's head, consecutive threads along the head, then heads, then tokens.
 // Memory order: lengths and page id (cached), k and its rotation partner, tables, k row out; v, v row out.
 // Limits: head_dim a multiple of 8; rows that are not 16-byte aligned are moved element by element.
@@ -6,6 +6,7 @@
 #include "cuda/common/kv_cache_append.cuh"
 
 #include "common/attention.h"
+#include "cuda/common/quantized.cuh"
 #include "cuda/common/rotary.cuh"
 
 namespace gqa::cuda {
@@ -28,6 +29,16 @@ __device__ NewRow find_row(const gqa_kv_cache_append_params &p, int64_t b, int64
   return {valid, start + token, cached + token, cached + token - leftpad};
 }
 
+// Eight elements of a new row to a quantised cache, as rounded to T before.
+template <typename T>
+__device__ void append_quantized(const gqa_kv_cache_append_params &p, const float (&x)[kChunk], void *cache, int64_t to,
+                                 float scale) {
+  float rounded[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) rounded[i] = to_float(from_float<T>(x[i]));
+  store_quantized(p.quantization.dtype, static_cast<uint8_t *>(cache) + to, rounded, scale);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(256) append_chunks(const __grid_constant__ gqa_kv_cache_append_params p) {
   const int64_t chunks = p.head_dim / kChunk;
@@ -41,6 +52,7 @@ __global__ void __launch_bounds__(256) append_chunks(const __grid_constant__ gqa
   const NewRow row = find_row(p, b, index % p.seqlen);
   if (!row.valid) return;
   const int64_t batch = p.cu_seqlens.data != nullptr ? 0 : b;
+  const bool quantizes = sizeof(T) == 2 && p.quantization.dtype != 0;
   const int64_t k_to = p.v_cache == nullptr
                            ? batch * p.k_cache_stride[0] + row.source * p.k_cache_stride[1] + head * p.k_cache_stride[2]
                            : cache_offset(p, p.k_cache_stride, b, row.row, head);
@@ -48,11 +60,17 @@ __global__ void __launch_bounds__(256) append_chunks(const __grid_constant__ gqa
     const T *from =
         static_cast<const T *>(p.k) + batch * p.k_stride[0] + row.source * p.k_stride[1] + head * p.k_stride[2];
     T *to = static_cast<T *>(p.k_cache) + k_to + first;
-    if (p.rotary.cos == nullptr) {
+    float x[kChunk];
+    if (p.rotary.cos != nullptr) {
+      load_rotated_chunk(from, first, p.rotary, rotary_offset(p.rotary, b, row.source, row.position), x);
+    } else if (quantizes) {
+      load_chunk(from + first, x);
+    }
+    if (quantizes) {
+      append_quantized<T>(p, x, p.k_cache, k_to + first, k_scale_of(p.quantization, head));
+    } else if (p.rotary.cos == nullptr) {
       copy_chunk(from + first, to);
     } else {
-      float x[kChunk];
-      load_rotated_chunk(from, first, p.rotary, rotary_offset(p.rotary, b, row.source, row.position), x);
       store_chunk(to, x);
     }
   }
@@ -60,7 +78,13 @@ __global__ void __launch_bounds__(256) append_chunks(const __grid_constant__ gqa
   if (const int64_t v_to = cache_offset(p, p.v_cache_stride, b, row.row, head); v_to >= 0) {
     const T *from =
         static_cast<const T *>(p.v) + batch * p.v_stride[0] + row.source * p.v_stride[1] + head * p.v_stride[2];
-    copy_chunk(from + first, static_cast<T *>(p.v_cache) + v_to + first);
+    if (quantizes) {
+      float x[kChunk];
+      load_chunk(from + first, x);
+      append_quantized<T>(p, x, p.v_cache, v_to + first, v_scale_of(p.quantization, head));
+    } else {
+      copy_chunk(from + first, static_cast<T *>(p.v_cache) + v_to + first);
+    }
   }
 }
 

@@ -50,7 +50,9 @@ typedef enum gqa_dtype {
   GQA_DTYPE_FLOAT16 = 1,
   GQA_DTYPE_BFLOAT16 = 2,
   GQA_DTYPE_INT32 = 3,
-  GQA_DTYPE_INT64 = 4
+  GQA_DTYPE_INT64 = 4,
+  GQA_DTYPE_FLOAT8_E4M3 = 5, /* no infinities, largest value 448 */
+  GQA_DTYPE_INT8 = 6
 } gqa_dtype;
 
 /* One kernel launch: what a plan foresees and what the launch log reports. */
@@ -245,6 +247,19 @@ typedef struct gqa_qk_rmsnorm_rope_params {
 
 /* ------------------------------------------------------------------------------------------ attention -- */
 
+/*
+ * What quantised caches hold: float8_e4m3 or int8 numbers that stand for themselves times a scale. An append stores
+ * x / scale, divided in float32, rounded to nearest even and held within +-448 or +-127; a NaN becomes e4m3's, or 0 in
+ * int8. Leave it zeroed where caches have the op's dtype, which for quantised ones is float16 or bfloat16.
+ */
+typedef struct gqa_kv_quantization {
+  int32_t dtype;          /* of both caches: GQA_DTYPE_FLOAT8_E4M3, GQA_DTYPE_INT8, or 0: not quantised */
+  const float *k_scale;   /* [Hkv], positive, on the caches' device; NULL: 1 */
+  const float *v_scale;   /* like k_scale */
+  int64_t k_scale_stride; /* 0: one scale for all heads */
+  int64_t v_scale_stride;
+} gqa_kv_quantization;
+
 /* Writes k (rotated if asked) and v at rows cache_seqlens[b] ... of each sequence's cache. */
 typedef struct gqa_kv_cache_append_params {
   uint32_t struct_size;
@@ -270,6 +285,7 @@ typedef struct gqa_kv_cache_append_params {
   int64_t k_cache_stride[3]; /* batch or page, row, head */
   int64_t v_cache_stride[3];
   gqa_rotary rotary;
+  gqa_kv_quantization quantization;
 } gqa_kv_cache_append_params;
 
 /*
@@ -278,7 +294,8 @@ typedef struct gqa_kv_cache_append_params {
  * Keys are, in order: the first cache_seqlens[b] rows of the cache, then k and v. Where both a cache and k, v are
  * given, k and v are also written to the cache at rows cache_seqlens[b] ... Query i of Sq sits at key position
  * seqlen_k - Sq + i (bottom-right alignment). Rotation, where tables are given, is applied to q and to k, never to
- * cached keys; the default position of a token is its key position minus cache_leftpad[b].
+ * cached keys; the default position of a token is its key position minus cache_leftpad[b]. With a quantised cache the
+ * new keys and values, too, count as what the cache holds of them.
  */
 typedef struct gqa_attention_params {
   uint32_t struct_size;
@@ -324,6 +341,7 @@ typedef struct gqa_attention_params {
   int32_t batch_invariant; /* 1: split points depend on the row's own length only */
   void *workspace;         /* CUDA only: plan.workspace_size bytes, 16-byte aligned, need not be zeroed */
   int64_t workspace_size;
+  gqa_kv_quantization quantization; /* of the caches */
 } gqa_attention_params;
 
 typedef gqa_attention_params gqa_attention_prefill_params;

@@ -60,7 +60,7 @@ bool overlaps_itself(const Tensor &tensor) {
 
 void check_one_cache(const char *op, const char *name, const Tensor &cache, const char *like_name, const Tensor &like,
                      bool writes) {
-  check_same_dtype(op, name, cache, like_name, like);
+  check_cache_dtype(op, name, cache, like_name, like);
   check_same_device(op, name, cache, like_name, like);
   check_last_stride(op, name, cache);
   if (writes && cache.numel() > 0 && overlaps_itself(cache)) {
@@ -117,12 +117,6 @@ void check_head_dim(const char *op, const char *name, const Tensor &tensor) {
             std::to_string(head_dim));
 }
 
-void check_no_scales(const char *op, const OptionalTensor &k_scale, const OptionalTensor &v_scale) {
-  constexpr auto kWhy = "(quantised caches are not supported yet)";
-  check_absent(op, "k_scale", k_scale.has_value(), kWhy);
-  check_absent(op, "v_scale", v_scale.has_value(), kWhy);
-}
-
 int64_t cache_capacity(const CacheArguments &cache) {
   const int64_t rows = cache.k_cache->size(1);
   return cache.block_table ? cache.block_table->size(1) * rows : rows;
@@ -148,6 +142,7 @@ void check_cache(const char *op, const CacheArguments &cache, int64_t batch, con
     check_same_shape(op, "v_cache", v, "k_cache", k);
     check_one_cache(op, "k_cache", k, like_name, like, writes);
     check_one_cache(op, "v_cache", v, like_name, like, writes);
+    check_same_dtype(op, "v_cache", v, "k_cache", k);
     if (cache.cache_seqlens->dim() != 0) {
       check_index(op, "cache_seqlens", cache.cache_seqlens, {batch}, "[batch]", like);
     } else {
@@ -155,6 +150,7 @@ void check_cache(const char *op, const CacheArguments &cache, int64_t batch, con
     }
   }
   check_index(op, "cache_leftpad", cache.cache_leftpad, {batch}, "[batch]", like);
+  check_scales(op, cache, like_name, like);
 }
 
 void check_cache_heads(const char *op, const Tensor &k, const CacheArguments &cache) {
@@ -287,7 +283,6 @@ void check_attention_out(const char *op, const AttentionArguments &args, const T
 void check_attention(const char *op, const AttentionArguments &args, int64_t new_tokens) {
   check_queries(op, args);
   check_together(op, "k", args.k, "v", args.v);
-  check_no_scales(op, args.k_scale, args.v_scale);
   if (!args.k && !args.cache.k_cache) fail(op, "k must be given where there is no k_cache, got None");
   check_ragged(op, args);
   check_cache(op, args.cache, batch_of(args), "q", args.q, args.k.has_value());

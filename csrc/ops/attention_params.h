@@ -15,7 +15,7 @@ using OptionalTensor = std::optional<Tensor>;
 using Kept = std::vector<Tensor>;
 
 struct CacheArguments {
-  OptionalTensor k_cache, v_cache, cache_seqlens, cache_leftpad, block_table;
+  OptionalTensor k_cache, v_cache, cache_seqlens, cache_leftpad, block_table, k_scale, v_scale;
 };
 
 struct RotaryArguments {
@@ -33,7 +33,7 @@ struct AttentionArguments {
   std::optional<double> softmax_scale;
   int64_t window_left, window_right;
   double softcap;
-  OptionalTensor sinks, k_scale, v_scale;
+  OptionalTensor sinks;
   int64_t num_splits;
   bool batch_invariant, return_lse;
   OptionalTensor workspace;
@@ -54,8 +54,8 @@ gqa_index to_index(const OptionalTensor &tensor);
 Tensor with_unit_stride(const Tensor &tensor, Kept *kept);
 
 void check_head_dim(const char *op, const char *name, const Tensor &tensor);
-void check_no_scales(const char *op, const OptionalTensor &k_scale, const OptionalTensor &v_scale);
-// Caches that hold `batch` sequences with the dtype, device and head_dim of `like`; `writes`: new rows go into them.
+// Caches that hold `batch` sequences with the device, head_dim and dtype of `like`, or quantised ones for a 16-bit
+// dtype, with their scales; `writes`: new rows go into them.
 void check_cache(const char *op, const CacheArguments &cache, int64_t batch, const char *like_name, const Tensor &like,
                  bool writes);
 // New keys of the cache's number of heads, and what the host can see of an overflow.
@@ -68,6 +68,12 @@ gqa_rotary to_rotary(const char *op, const RotaryArguments &rotary, int64_t batc
 // Rows of a contiguous cache, or of the pages that a block table can name.
 int64_t cache_capacity(const CacheArguments &cache);
 
+// The dtype of `like`, or a quantised one where that serves it.
+void check_cache_dtype(const char *op, const char *name, const Tensor &cache, const char *like_name,
+                       const Tensor &like);
+void check_scales(const char *op, const CacheArguments &cache, const char *like_name, const Tensor &like);
+gqa_kv_quantization to_quantization(const CacheArguments &cache);
+
 // Works for both params structs.
 template <typename Params>
 void fill_cache(const CacheArguments &cache, Params *p) {
@@ -77,6 +83,7 @@ void fill_cache(const CacheArguments &cache, Params *p) {
   p->v_cache = pointer_to(v);
   p->cache_seqlens = to_index(cache.cache_seqlens);
   p->cache_capacity = cache_capacity(cache);
+  p->quantization = to_quantization(cache);
   if (cache.block_table) {
     p->block_table = to_index(cache.block_table);
     p->num_pages = k.size(0);

@@ -54,6 +54,8 @@ int32_t to_gqa_dtype(ScalarType type) {
     case ScalarType::BFloat16: return GQA_DTYPE_BFLOAT16;
     case ScalarType::Int: return GQA_DTYPE_INT32;
     case ScalarType::Long: return GQA_DTYPE_INT64;
+    case ScalarType::Float8_e4m3fn: return GQA_DTYPE_FLOAT8_E4M3;
+    case ScalarType::Char: return GQA_DTYPE_INT8;
     default: return -1;
   }
 }

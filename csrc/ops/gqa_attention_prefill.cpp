@@ -35,6 +35,7 @@ void append_only(const gqa_attention_params &a, const Tensor &like) {
   std::copy(a.k_cache_stride, a.k_cache_stride + 3, p.k_cache_stride);
   std::copy(a.v_cache_stride, a.v_cache_stride + 3, p.v_cache_stride);
   p.rotary = a.rotary;
+  p.quantization = a.quantization;
   run(GQA_ENTRY(kOp, kv_cache_append, gqa_kv_cache_append_params), p, like, p.seqlen * p.head_dim);
 }
 
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor> gqa_attention_prefill(
   const AttentionArguments args{q,
                                 k,
                                 v,
-                                {k_cache, v_cache, cache_seqlens, cache_leftpad, block_table},
+                                {k_cache, v_cache, cache_seqlens, cache_leftpad, block_table, k_scale, v_scale},
                                 cu_seqlens_q,
                                 cu_seqlens_k,
                                 max_seqlen_q,
@@ -60,8 +61,6 @@ std::tuple<Tensor, Tensor> gqa_attention_prefill(
                                 window_right,
                                 softcap,
                                 sinks,
-                                k_scale,
-                                v_scale,
                                 num_splits,
                                 batch_invariant,
                                 return_lse,

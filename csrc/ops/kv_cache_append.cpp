@@ -13,7 +13,7 @@ void kv_cache_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
                      OptionalTensor cache_leftpad, OptionalTensor block_table, OptionalTensor rotary_cos,
                      OptionalTensor rotary_sin, OptionalTensor rotary_positions, bool rotary_interleaved,
                      OptionalTensor k_scale, OptionalTensor v_scale) {
-  const CacheArguments cache{k_cache, v_cache, cache_seqlens, cache_leftpad, block_table};
+  const CacheArguments cache{k_cache, v_cache, cache_seqlens, cache_leftpad, block_table, k_scale, v_scale};
   const RotaryArguments rotary{rotary_cos, rotary_sin, rotary_positions, rotary_interleaved};
   check_device(kOp, "k", k);
   check_float_dtype(kOp, "k", k);
@@ -22,7 +22,6 @@ void kv_cache_append(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor 
   check_same_shape(kOp, "v", v, "k", k);
   check_same_dtype(kOp, "v", v, "k", k);
   check_same_device(kOp, "v", v, "k", k);
-  check_no_scales(kOp, k_scale, v_scale);
   check_cache(kOp, cache, k.size(0), "k", k, true);
   check_cache_heads(kOp, k, cache);
   check_new_length(kOp, k.size(1), cache);

@@ -70,6 +70,8 @@ gqa_status check_params(const gqa_attention_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
   if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
   GQA_RETURN_IF_ERROR(check_sizes(p));
+  GQA_RETURN_IF_ERROR(check_quantization(p->quantization, p->dtype, p->head_dim));
+  if (p->quantization.dtype != 0 && p->k_cache == nullptr) return GQA_STATUS_INVALID_ARGUMENT;
   if (p->sinks != nullptr && p->sinks_dtype != p->dtype && p->sinks_dtype != GQA_DTYPE_FLOAT32) {
     return GQA_STATUS_UNSUPPORTED;
   }
@@ -220,7 +222,8 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
     const DecodePlan &decode = plan->decode;
     gqa_launch launch = make_launch(name, "decode_ring", p->dtype, {decode.cluster, p->num_kv_heads, p->batch},
                                     {32 * kDecodeShapes[decode.shape].warps}, decode.shared_memory,
-                                    6 * decode.shape + 2 * static_cast<int>(decode.cache) + decode.plain);
+                                    6 * decode.shape + 2 * static_cast<int>(decode.cache) + decode.plain +
+                                        (p->quantization.dtype != 0 ? 6 * kDecodeShapeCount : 0));
     launch.num_splits = decode.cluster;
     add_launch(&plan->plan, launch);
     plan->plan.reason = "few rows per KV head on sm_90: a cluster of blocks divides the keys";
@@ -299,7 +302,9 @@ gqa_status plan_attention(AttentionOp op, const gqa_attention_params *p, const g
   *plan = {};
   if (is_empty(p)) return GQA_STATUS_OK;
   constexpr gqa_device kH200{90, 132, 227 * 1024, 50 << 20};
-  return plan_nonempty(op, p, device != nullptr ? *device : kH200, plan);
+  GQA_RETURN_IF_ERROR(plan_nonempty(op, p, device != nullptr ? *device : kH200, plan));
+  for (int i = 0; i < plan->plan.num_launches; ++i) name_quantized(p->quantization.dtype, &plan->plan.launches[i]);
+  return GQA_STATUS_OK;
 }
 
 }  // namespace gqa

@@ -26,10 +26,10 @@ int64_t query_rows(const gqa_attention_params *p) { return p->seqlen_q * (p->num
 int64_t pairs(const gqa_attention_params *p) { return p->batch * p->num_kv_heads; }
 
 // Strides of dimensions with one element say nothing.
-bool is_aligned(const void *pointer, const int64_t *stride, const int64_t (&size)[3]) {
+bool is_aligned(const void *pointer, const int64_t *stride, const int64_t (&size)[3], int64_t element = 2) {
   if (pointer == nullptr) return true;
   for (int i = 0; i < 3; ++i) {
-    if (size[i] > 1 && stride[i] % 8 != 0) return false;
+    if (size[i] > 1 && stride[i] * element % 16 != 0) return false;
   }
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
@@ -44,7 +44,9 @@ bool has_aligned_tokens(const gqa_attention_params *p) {
 bool has_aligned_cache(const gqa_attention_params *p) {
   const bool paged = p->block_table.data != nullptr;
   const int64_t size[3] = {paged ? p->num_pages : p->batch, paged ? p->page_size : p->cache_capacity, p->num_kv_heads};
-  return is_aligned(p->k_cache, p->k_cache_stride, size) && is_aligned(p->v_cache, p->v_cache_stride, size);
+  const int64_t element = p->quantization.dtype != 0 ? 1 : 2;
+  return is_aligned(p->k_cache, p->k_cache_stride, size, element) &&
+         is_aligned(p->v_cache, p->v_cache_stride, size, element);
 }
 
 bool fits_rows(const int64_t *stride) { return stride[1] >= 0 && stride[1] <= kMaxInt / 2; }

@@ -84,6 +84,7 @@ const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device 
   if (is_portable_asked_for()) return "the portable kernels were asked for";
   if (device->compute_capability != 90 || !has_code()) return "wgmma needs compute capability 9.0 and code for sm_90a";
   if (p->dtype == GQA_DTYPE_FLOAT32) return "float32 runs on the CUDA cores, one warp per row";
+  if (p->quantization.dtype != 0) return "quantised caches are widened on their way to the portable kernels";
   const int shape = find_shape(p);
   if (shape >= kPrefillShapeCount) return "wgmma tiles take head_dim up to 256";
   if (device->max_shared_memory < kPrefillShapes[shape].shared_memory()) return "wgmma tiles need more shared memory";

@@ -42,6 +42,7 @@ gqa_status check_params(const gqa_kv_cache_append_params *p) {
     if (!is_index(*index)) return GQA_STATUS_UNSUPPORTED;
   }
   GQA_RETURN_IF_ERROR(check_rotary(p->rotary, p->dtype, p->head_dim));
+  GQA_RETURN_IF_ERROR(check_quantization(p->quantization, p->dtype, p->head_dim));
   if (is_empty(p)) return GQA_STATUS_OK;
   const bool complete = p->k != nullptr && p->v != nullptr && p->k_cache != nullptr && p->v_cache != nullptr;
   return complete && p->cache_seqlens.data != nullptr ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
@@ -62,7 +63,9 @@ gqa_status gqa_kv_cache_append_plan(const gqa_kv_cache_append_params *p, const g
   const int64_t chunks = p->batch * p->seqlen * p->num_kv_heads * (p->head_dim / gqa::kChunk);
   const int64_t blocks = gqa::ceil_div(chunks, gqa::kThreads);
   if (blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-  gqa::add_launch(plan, gqa::make_launch("kv_cache_append", "append_chunks", p->dtype, {blocks}, {gqa::kThreads}));
+  gqa_launch launch = gqa::make_launch("kv_cache_append", "append_chunks", p->dtype, {blocks}, {gqa::kThreads});
+  gqa::name_quantized(p->quantization.dtype, &launch);
+  gqa::add_launch(plan, launch);
   plan->reason = "one thread per 8 elements of a new row serves every layout";
   return GQA_STATUS_OK;
 }

@@ -23,6 +23,23 @@ inline gqa_launch make_launch(const char *op, const char *kernel, int32_t dtype,
           variant};
 }
 
+// The same of a launch that reads or writes quantised caches.
+inline void name_quantized(int32_t cache_dtype, gqa_launch *launch) {
+  const bool half = std::strcmp(launch->dtype, "float16") == 0, int8 = cache_dtype == GQA_DTYPE_INT8;
+  if (cache_dtype == 0) return;
+  launch->dtype = half ? (int8 ? "float16, int8 cache" : "float16, float8_e4m3fn cache")
+                       : (int8 ? "bfloat16, int8 cache" : "bfloat16, float8_e4m3fn cache");
+}
+
+// Quantised caches serve the 16-bit types.
+inline gqa_status check_quantization(const gqa_kv_quantization &q, int32_t dtype, int32_t head_dim) {
+  if (q.dtype == 0) {
+    return q.k_scale == nullptr && q.v_scale == nullptr ? GQA_STATUS_OK : GQA_STATUS_INVALID_ARGUMENT;
+  }
+  if (!is_quantized_dtype(q.dtype) || dtype == GQA_DTYPE_FLOAT32 || head_dim > 256) return GQA_STATUS_UNSUPPORTED;
+  return q.k_scale_stride >= 0 && q.v_scale_stride >= 0 ? GQA_STATUS_OK : GQA_STATUS_INVALID_ARGUMENT;
+}
+
 // Bytes moved by a call from which on nothing of its outputs would still be in L2 for the next kernel.
 constexpr int64_t kPastCache = int64_t{64} << 20;
 

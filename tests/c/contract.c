@@ -61,6 +61,14 @@ static gqa_status on_cuda(gqa_status status) { return gqa_cuda_archs()[0] == '\0
     WITH(op, dtype = 99, GQA_STATUS_UNSUPPORTED);                                                                    \
   } while (0)
 
+/* Quantised caches serve 16-bit types; scales belong to them. */
+#define QUANTIZATION(op)                                                      \
+  do {                                                                        \
+    WITH(op, quantization.dtype = GQA_DTYPE_INT8, GQA_STATUS_UNSUPPORTED);    \
+    WITH(op, quantization.dtype = GQA_DTYPE_FLOAT16, GQA_STATUS_UNSUPPORTED); \
+    WITH(op, quantization.k_scale = values, GQA_STATUS_INVALID_ARGUMENT);     \
+  } while (0)
+
 #define START(p)                   \
   memset(p, 0, sizeof(*(p)));      \
   (p)->struct_size = sizeof(*(p)); \
@@ -318,6 +326,7 @@ int main(void) {
   WITHOUT(kv_cache_append, k_cache);
   WITHOUT(kv_cache_append, v_cache);
   WITHOUT(kv_cache_append, cache_seqlens.data);
+  QUANTIZATION(kv_cache_append);
 
   ACCEPTS_AND_REFUSES(attention_prefill);
   WITHOUT(attention_prefill, q);
@@ -333,6 +342,7 @@ int main(void) {
   WITHOUT(attention_decode, k_cache);
   WITHOUT(attention_decode, v_cache);
   WITHOUT(attention_decode, cache_seqlens.data);
+  QUANTIZATION(attention_decode);
   WITH(attention_decode, num_kv_heads = 3, GQA_STATUS_INVALID_ARGUMENT);
 
   ACCEPTS_AND_REFUSES(merge_attention_states);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/attention.h"
+#include "common/quantize.h"
 #include "cuda/common/vec.cuh"
 
 namespace gqa::cuda {
@@ -14,6 +15,7 @@ struct AttentionArgs {
   int64_t k_stride[3], v_stride[3];
   int32_t paged;
   int32_t per_sequence;  // stride[0] of k and v steps over sequences
+  int32_t quantized;     // 0, or the dtype of k and v, whose scales are left to scores and outputs
   int32_t direct;        // rows start at multiples of 16 bytes, and at the same offsets in paged k and v
   int32_t row_blocks, num_splits, divisor, min_chunk;  // AttentionPlan's
   int32_t transforms;                                  // scores are not just scaled by a positive number
@@ -110,6 +112,11 @@ struct Finish {
     return {__fdividef(scale, sum), highest * kLn2 + logf(sum)};
   }
 };
+
+// What a query head's outputs are to be multiplied by.
+__device__ __forceinline__ float value_scale(const gqa_attention_params &p, int head) {
+  return p.quantization.v_scale == nullptr ? 1.0f : v_scale_of(p.quantization, head / (p.num_q_heads / p.num_kv_heads));
+}
 
 // Rows without attention: those of an invalid sequence are NaN, those of no sequence 0. The grid's row blocks of one
 // sequence share them, as there may be more than a valid sequence can have.

@@ -87,7 +87,7 @@ __device__ __forceinline__ float finish_row(const AttentionArgs &a, const Querie
   }
   const Finish finish = Finish::of<T>(a.p, queries.head(row), highest, sum);
   if (leader && a.p.lse != nullptr) a.p.lse[queries.lse(a.p, row)] = finish.lse;
-  return finish.factor;
+  return finish.factor * value_scale(a.p, queries.head(row));
 }
 
 // Every warp has rows of its own. Finished ones pass through the warp's part of the query tile, to leave in full lines.
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kAttentionShapes[kIndex].threads(), kAttention
       const int key = begin + i * kStep;
       const bool seen = has_rows && tile.sees_any(key), full = tile.sees_all(key);
       typename WarpTile<T, kIndex>::Scores scores;
-      if (seen) tile.score(a, scores, place(i), key, full);
+      if (seen) tile.score(a, source.key_scale, scores, place(i), key, full);
       if (kInTurns) meet(), load_keys(i + 1);
       if (seen) tile.add(scores, place(i) + kShape.block_bytes(), a.multiplier, carefully && !full);
     }

@@ -3,45 +3,11 @@
 
 #include "cuda/common/async_copy.cuh"
 #include "cuda/common/mma.cuh"
+#include "cuda/common/quantized.cuh"
 #include "cuda/gqa_attention/args.cuh"
+#include "cuda/gqa_attention/shared_rows.cuh"
 
 namespace gqa::cuda {
-
-// Rows of kDim halves in shared memory, their 16-byte columns permuted so that eight rows of one column lie in
-// different banks. The permutation is an exclusive or with a function of the row modulo 8.
-template <int kDim>
-constexpr uint32_t kPermuted = kDim % 64 == 0 ? 8 : 4;  // columns among which it moves one
-
-template <int kDim>
-__device__ __forceinline__ uint32_t permutation(uint32_t row) {
-  static_assert(kDim % 64 == 0 || kDim == 96, "other widths need another permutation");
-  return kDim % 64 == 0 ? row & 7 : (row >> 1) & 3;
-}
-
-template <int kDim>
-__device__ __forceinline__ uint32_t shared_offset(uint32_t row, uint32_t column) {
-  return row * (kDim * 2) + ((column ^ permutation<kDim>(row)) << 4);
-}
-
-// Four 8 x 8 matrices of a 16 x 16 tile as load_matrices wants them. kAcross: the second matrix is to the right of the
-// first (keys as the b operand), else below it (queries, and values transposed).
-template <int kDim, bool kAcross>
-struct LaneAddress {
-  uint32_t row_bytes, column;
-
-  __device__ explicit LaneAddress(int lane) {
-    const uint32_t matrix = lane / 8, right = kAcross ? matrix & 1 : matrix >> 1,
-                   down = kAcross ? matrix >> 1 : matrix & 1;
-    row_bytes = (down * 8 + lane % 8) * (kDim * 2);
-    column = right ^ permutation<kDim>(lane % 8);
-  }
-
-  // Of the tile at row `row`, a multiple of 8, and elements 16 pair ... 16 pair + 15.
-  __device__ uint32_t at(uint32_t base, int row, int pair) const {
-    constexpr uint32_t kPart = kPermuted<kDim>;
-    return base + row_bytes + ((2 * pair % kPart ^ column) << 4) + (row * (kDim * 2) + 2 * pair / kPart * kPart * 16);
-  }
-};
 
 // Eight halves from an address of any alignment.
 template <typename T>
@@ -56,7 +22,9 @@ __device__ __forceinline__ uint4 load_unaligned(const T *from) {
 // Where the keys and values of a block's KV head are. In shared memory, as registers are scarce in the loop over keys.
 template <typename T>
 struct KeySource {
-  const T *k, *v;
+  const char *k, *v;
+  int element;         // bytes
+  float key_scale;     // of a quantised cache
   int b, first, last;  // only keys [first, last) are read, and only their pages looked up; the others become zeros
 
   KeySource() = default;
@@ -64,10 +32,14 @@ struct KeySource {
       : b(static_cast<int>(queries.b)), first(first_), last(last_) {
     const int64_t sequence = a.per_sequence ? queries.b : 0;
     const int64_t start = a.p.k_cache != nullptr ? 0 : queries.sequence.k_start;
-    k = static_cast<const T *>(a.k) + sequence * a.k_stride[0] + start * a.k_stride[1] +
-        queries.kv_head * a.k_stride[2];
-    v = static_cast<const T *>(a.v) + sequence * a.v_stride[0] + start * a.v_stride[1] +
-        queries.kv_head * a.v_stride[2];
+    const auto head_of = [&](const void *x, const int64_t *stride) {
+      return static_cast<const char *>(x) +
+             (sequence * stride[0] + start * stride[1] + queries.kv_head * stride[2]) * element;
+    };
+    element = a.quantized != 0 ? 1 : sizeof(T);
+    key_scale = k_scale_of(a.p.quantization, queries.kv_head);
+    k = head_of(a.k, a.k_stride);
+    v = head_of(a.v, a.v_stride);
   }
 
   __device__ bool has(int key) const { return key >= first && key < last; }
@@ -108,7 +80,12 @@ class KeyLoader {
     if (!source_.has(key) || column >= a.p.head_dim) return make_float2(0, 0);
     const int64_t from = offset_of(a, a.v_stride, key);
     if (from < 0) return make_float2(NAN, NAN);
-    return make_float2(to_float(source_.v[from + column]), to_float(source_.v[from + column + 1]));
+    if (a.quantized != 0) {
+      const auto *stored = reinterpret_cast<const uint8_t *>(source_.v) + from + column;
+      return make_float2(stored_value(a.quantized, stored[0]), stored_value(a.quantized, stored[1]));
+    }
+    const T *values = reinterpret_cast<const T *>(source_.v) + from + column;
+    return make_float2(to_float(values[0]), to_float(values[1]));
   }
 
  private:
@@ -131,8 +108,10 @@ class KeyLoader {
     return (part * kLanes + lane_ % kLanes) * 8 < a.p.head_dim;
   }
 
-  __device__ __forceinline__ void load(const AttentionArgs &a, const T *base, const int64_t *stride, int begin,
+  __device__ __forceinline__ void load(const AttentionArgs &a, const char *head, const int64_t *stride, int begin,
                                        uint32_t to) const {
+    if (a.quantized != 0) return load_stored_rows(a, head, stride, begin, to);
+    const T *base = reinterpret_cast<const T *>(head);
     if (!a.direct || (a.paged && __any_sync(0xffffffffu, offset_ == kBadPage))) {
       return load_any(a, base, stride, begin, to);
     }
@@ -166,6 +145,35 @@ class KeyLoader {
                          : load_unaligned(base + from + (part * kLanes + lane_ % kLanes) * 8);
       }
       store_shared16(to + offset(step) + part * kLanes * 16, chunk);
+    }
+  }
+
+  // Rows of a quantised cache: through registers, a few at a time so that their loads overlap.
+  __device__ void load_stored_rows(const AttentionArgs &a, const char *head, const int64_t *stride, int begin,
+                                   uint32_t to) const {
+    constexpr int kAtOnce = kWarps > 1 ? 1 : (kSteps * kParts % 4 == 0 ? 4 : 2);  // registers are scarce
+#pragma unroll 1
+    for (int i = 0; i < kSteps * kParts; i += kAtOnce) {
+      uint2 stored[kAtOnce];
+      bool bad[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int step = (i + j) / kParts, part = (i + j) % kParts, key = begin + row_ + step * kJump;
+        stored[j] = make_uint2(0, 0);
+        bad[j] = false;
+        if (!source_.has(key) || !has_column(a, part)) continue;
+        const int64_t from = offset_of(a, stride, key);
+        bad[j] = from < 0;
+        const auto *bytes = reinterpret_cast<const uint8_t *>(head);
+        if (!bad[j]) stored[j] = load_stored(bytes + from + (part * kLanes + lane_ % kLanes) * 8);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int step = (i + j) / kParts, part = (i + j) % kParts;
+        uint4 chunk = widen_stored<T>(a.quantized, stored[j]);
+        if (bad[j]) chunk = make_uint4(0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu);
+        store_shared16(to + offset(step) + part * kLanes * 16, chunk);
+      }
     }
   }
 

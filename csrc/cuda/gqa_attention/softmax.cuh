@@ -29,11 +29,12 @@ struct Softmax {
   }
 
   // tanh by one exponential: its absolute error of 1e-7 is far below the dtype's.
-  __device__ static void transform(const AttentionArgs &a, Scores &s) {
+  __device__ static void transform(const AttentionArgs &a, float key_scale, Scores &s) {
+    const float before_tanh = a.before_tanh * key_scale;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) s[t][i / 4][i % 4] *= a.before_tanh;
+      for (int i = 0; i < kKeys / 2; ++i) s[t][i / 4][i % 4] *= before_tanh;
     }
     if (!(a.p.softcap > 0)) return;
 #pragma unroll

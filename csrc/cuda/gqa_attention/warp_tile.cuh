@@ -53,9 +53,9 @@ struct WarpTile {
   }
 
   // Scores of the keys of one block, whose first key is `begin`. `full`: every row attends to every key.
-  __device__ void score(const AttentionArgs &a, Scores &s, uint32_t k, int begin, bool full) const {
+  __device__ void score(const AttentionArgs &a, float key_scale, Scores &s, uint32_t k, int begin, bool full) const {
     multiply_keys(s, k);
-    if (a.transforms) softmax.transform(a, s);
+    if (a.transforms) softmax.transform(a, key_scale, s);
     if (!full) softmax.mask(s, ranges + row0, begin, lane);
   }
 

@@ -35,6 +35,9 @@ struct Args {
   const void *sinks;
   int32_t sinks_float, num_q_heads;
   gqa_rotary rotary;
+  int32_t cache_dtype;  // of a quantised cache
+  const float *k_scale, *v_scale;
+  int64_t k_scale_stride, v_scale_stride;
 };
 
 // row / size == (row * magic) >> shift for 0 <= row < 2^31.
@@ -54,10 +57,12 @@ inline Args make_args(const gqa_attention_params &p, const DecodePlan &plan) {
   const auto pointer = [](const void *x) { return static_cast<const char *>(x); };
   a.cache_seqlens = p.cache_seqlens;
   a.q = pointer(p.q), a.k_cache = pointer(p.k_cache), a.v_cache = pointer(p.v_cache);
+  const int64_t element = p.quantization.dtype != 0 ? 1 : 2;  // bytes, in the cache
   a.q_batch = 2 * p.q_stride[0], a.q_token = 2 * p.q_stride[1], a.q_head = 2 * p.q_stride[2];
-  a.k_outer = 2 * p.k_cache_stride[0], a.v_outer = 2 * p.v_cache_stride[0];
-  a.k_row = static_cast<int32_t>(2 * p.k_cache_stride[1]), a.v_row = static_cast<int32_t>(2 * p.v_cache_stride[1]);
-  a.k_head = 2 * p.k_cache_stride[2], a.v_head = 2 * p.v_cache_stride[2];
+  a.k_outer = element * p.k_cache_stride[0], a.v_outer = element * p.v_cache_stride[0];
+  a.k_row = static_cast<int32_t>(element * p.k_cache_stride[1]);
+  a.v_row = static_cast<int32_t>(element * p.v_cache_stride[1]);
+  a.k_head = element * p.k_cache_stride[2], a.v_head = element * p.v_cache_stride[2];
   a.num_q_heads = p.num_q_heads;
   a.group = p.num_q_heads / p.num_kv_heads;
   a.seqlen_q = static_cast<int32_t>(p.seqlen_q);
@@ -88,6 +93,9 @@ inline Args make_args(const gqa_attention_params &p, const DecodePlan &plan) {
   a.sinks = p.sinks;
   a.sinks_float = p.sinks_dtype == GQA_DTYPE_FLOAT32;
   a.rotary = p.rotary;
+  a.cache_dtype = p.quantization.dtype;
+  a.k_scale = p.quantization.k_scale, a.v_scale = p.quantization.v_scale;
+  a.k_scale_stride = p.quantization.k_scale_stride, a.v_scale_stride = p.quantization.v_scale_stride;
   return a;
 }
 

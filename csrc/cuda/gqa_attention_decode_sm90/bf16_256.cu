@@ -2,4 +2,4 @@
 #include "cuda/gqa_attention_decode_sm90/dispatch.h"
 #include "cuda/gqa_attention_decode_sm90/launch.cuh"
 
-GQA_DECODE_INSTANCE(__nv_bfloat16, 256, bf16_256)
+GQA_DECODE_INSTANCE(__nv_bfloat16, 2, 256, bf16_256)

@@ -2,4 +2,4 @@
 #include "cuda/gqa_attention_decode_sm90/dispatch.h"
 #include "cuda/gqa_attention_decode_sm90/launch.cuh"
 
-GQA_DECODE_INSTANCE(__nv_bfloat16, 64, bf16_64)
+GQA_DECODE_INSTANCE(__nv_bfloat16, 2, 64, bf16_64)

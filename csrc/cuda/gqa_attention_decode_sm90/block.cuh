@@ -14,9 +14,12 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 
 // kPlain_: one query token, no new keys, rotation, window, padding or softcap: short code for the calls that want
 // least.
-template <typename T_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_, bool kPlain_>
+// kBytes_: of a cached element; 1: quantised.
+template <typename T_, int kBytes_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_,
+          bool kPlain_>
 struct Config {
   using T = T_;
+  static constexpr int kBytes = kBytes_;
   static constexpr int kDim = kDim_;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kStages = kStages_;                             // tiles of K and V that a warp has room for
@@ -28,10 +31,12 @@ struct Config {
   static constexpr int kRows = 8 * kRowTiles;
 
   // A tile is kTile rows of kChunks 16-byte chunks, chunk c of row r in place c ^ swizzle(r).
-  static constexpr int kChunks = kDim / 8;
+  static constexpr int kChunks = kDim * kBytes / 16;
   static constexpr int kRowBytes = 16 * kChunks, kTileBytes = kTile * kRowBytes, kStageBytes = 2 * kTileBytes;
-  static constexpr int kSwizzle = kDim % 64 == 0 ? 8 : 4;
-  __host__ __device__ static constexpr int swizzle(int row) { return kSwizzle == 8 ? row & 7 : row >> 1 & 3; }
+  static constexpr int kSwizzle = kChunks % 8 == 0 ? 8 : (kChunks % 4 == 0 ? 4 : 2);
+  __host__ __device__ static constexpr int swizzle(int row) {
+    return kSwizzle == 8 ? row & 7 : (kSwizzle == 4 ? row >> 1 & 3 : row >> 2 & 1);
+  }
 
   // Shared memory: the warps' stages, later their sums; staged queries; the partial sums that this block joins.
   static constexpr int kWarpBytes = kStages * kStageBytes;
@@ -47,7 +52,8 @@ struct Config {
   // A unit is 32 dimensions of a row; unit u belongs to block u % blocks, which gets it from each block.
   static constexpr int kUnitBytes = 32 * 4 + 8;
 
-  static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages, kRowTiles) && kUnitBytes == kDecodeUnitBytes);
+  static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages *kBytes / 2, kRowTiles) &&
+                kUnitBytes == kDecodeUnitBytes);
 };
 
 // Address of 16-byte chunk 2 d + (chunk 0 or 1 of this lane) of this lane's row: `lane_at` is that of d = 0.

@@ -12,7 +12,8 @@
 #include "cuda/common/programmatic_launch.cuh"
 #include "cuda/gqa_attention_decode_sm90/finish.cuh"
 #include "cuda/gqa_attention_decode_sm90/loads.cuh"
-#include "cuda/gqa_attention_decode_sm90/new_keys.cuh"
+#include "cuda/gqa_attention_decode_sm90/quantized_keys.cuh"
+#include "cuda/gqa_attention_decode_sm90/quantized_scores.cuh"
 #include "cuda/gqa_attention_decode_sm90/scores.cuh"
 
 namespace gqa::cuda::decode_sm90 {
@@ -35,8 +36,12 @@ struct Work {
 };
 
 template <typename C>
+using SumsOf = std::conditional_t<C::kBytes == 1, QuantizedSums<C>, Sums<C>>;
+
+// `bad`: bit s is set where the tile in stage s has rows of bad pages.
+template <typename C>
 __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader, const Work<C> &work,
-                       const Queries<C> &queries, Place<C> ahead, char *ring, Sums<C> *sums) {
+                       const Queries<C> &queries, Place<C> ahead, uint32_t bad, char *ring, SumsOf<C> *sums) {
   const uint32_t ring_base = shared_address(ring);
   int offset = 0;
 #pragma unroll 1
@@ -59,10 +64,16 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
     __syncwarp();
     if (is_new) append_new_keys(p, t, ring + offset);
     uint32_t weights[C::kRowTiles][2];
-    sums->score(p, t, queries, stage, key, end, weights, [&] {
+    const auto refill_keys = [&] {
       __syncwarp();
       if (refills) loader.load_k(p, t, ahead, next, stage);
-    });
+    };
+    if constexpr (C::kBytes == 1) {
+      sums->score(p, t, queries, stage, key, end, C::kPaged && (is_new || (bad & 1)), weights, refill_keys);
+      if (C::kPaged) bad = bad >> 1 | uint32_t{ahead.is_bad()} << (C::kStages - 1);
+    } else {
+      sums->score(p, t, queries, stage, key, end, weights, refill_keys);
+    }
     sums->add(p, t, stage + C::kTileBytes, key, end, weights);
     __syncwarp();
     if (refills) {
@@ -146,7 +157,11 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   }
   if (!C::kPlain && work.has_new) {
     const int offset = work.new_at * C::kStageBytes;
-    load_new_keys(p, t, loader, shared_address(ring) + offset, ring + offset);
+    if constexpr (C::kBytes == 1) {
+      stage_quantized_keys(p, t, ring + offset);
+    } else {
+      load_new_keys(p, t, loader, shared_address(ring) + offset, ring + offset);
+    }
   }
   copy_async_commit();
   if (rotates) {
@@ -155,9 +170,17 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
     __syncthreads();
     queries.load_staged(p, t, staged);
   }
-  Sums<C> sums;
+  uint32_t bad = 0;
+  if constexpr (C::kBytes == 1) {
+    queries.suit_quantized(p, t);
+    if (C::kPaged) {
+#pragma unroll
+      for (int s = 0; s < C::kStages; ++s) bad |= uint32_t{(s == 0 && early) || place[s].is_bad()} << s;
+    }
+  }
+  SumsOf<C> sums;
   sums.clear();
-  attend(p, t, loader, work, queries, ahead, ring, &sums);
+  attend(p, t, loader, work, queries, ahead, bad, ring, &sums);
   launch_dependents();  // not sooner: the next kernel's blocks would take the room of ours that have not begun
 
   if constexpr (C::kPlain) copy_async_wait<0>();  // for a first tile that nobody wanted

@@ -2,6 +2,7 @@
 // the block that owns a unit of the output. Always in a fixed order.
 #pragma once
 
+#include "common/quantize.h"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/mma.cuh"
@@ -65,6 +66,7 @@ struct Output {
   int64_t token_stride, head_stride;
   float *lse;
   const void *sinks;
+  float v_scale;
 
   template <typename C>
   __device__ Output(const Args &p, const Block<C> &t)
@@ -72,7 +74,8 @@ struct Output {
         token_stride(p.out_stride[1]),
         head_stride(p.out_stride[2]),
         lse(p.lse),
-        sinks(p.sinks) {
+        sinks(p.sinks),
+        v_scale(C::kBytes == 1 ? scale_of(p.v_scale, p.v_scale_stride, t.head) : 1.0f) {
     have_ready(out), have_ready(head_stride), have_ready(lse), have_ready(sinks);
   }
 };
@@ -93,12 +96,18 @@ __device__ void write_lane(const Args &p, const Block<C> &t, const Output &outpu
     top = highest;
   }
   float scale = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+  if constexpr (C::kBytes == 1) scale *= output.v_scale;
   if (!valid) scale = sum = __int_as_float(0x7fc00000);
   char *row_at = output.out + in_group * output.head_stride;
   if (!C::kPlain) row_at += token * output.token_stride;
-  T *to = reinterpret_cast<T *>(row_at) + 32 * slice + lane;
-  to[0] = from_float<T>(o.x * scale), to[8] = from_float<T>(o.y * scale);
-  to[16] = from_float<T>(o.z * scale), to[24] = from_float<T>(o.w * scale);
+  if constexpr (C::kBytes == 1) {  // dimensions 2 lane, 2 lane + 1 and 16 more of both
+    auto *to = reinterpret_cast<uint32_t *>(reinterpret_cast<T *>(row_at) + 32 * slice) + lane;
+    to[0] = pack<T>(o.x * scale, o.y * scale), to[8] = pack<T>(o.z * scale, o.w * scale);
+  } else {
+    T *to = reinterpret_cast<T *>(row_at) + 32 * slice + lane;
+    to[0] = from_float<T>(o.x * scale), to[8] = from_float<T>(o.y * scale);
+    to[16] = from_float<T>(o.z * scale), to[24] = from_float<T>(o.w * scale);
+  }
   if (output.lse != nullptr && slice == 0 && lane == 0) {
     output.lse[(static_cast<int64_t>(t.b) * p.num_q_heads + head) * p.seqlen_q + token] =
         sum == 0.0f ? minus_infinity() : (top + log2f(sum)) * kLn2;

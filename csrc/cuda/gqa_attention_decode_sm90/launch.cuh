@@ -6,10 +6,11 @@
 
 namespace gqa::cuda::decode_sm90 {
 
-template <typename T, int kShape, DecodeCache kCache, bool kPlain>
+template <typename T, int kBytes, int kShape, DecodeCache kCache, bool kPlain>
 gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   constexpr DecodeShape kIs = kDecodeShapes[kShape];
-  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.row_tiles, kCache, kPlain>;
+  constexpr int kStages = 2 / kBytes * kIs.stages;  // quantised tiles take half the room
+  using C = Config<T, kBytes, kIs.dim, kIs.warps, kStages, kIs.row_tiles, kCache, kPlain>;
   constexpr auto kKernel = &decode_ring<C, kIs.resident>;
   const auto *function = reinterpret_cast<const void *>(kKernel);
   log_launch(plan);
@@ -31,27 +32,27 @@ gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_
   return check_cuda(cudaLaunchKernelEx(&config, kKernel, args));
 }
 
-template <typename T, int kShape, DecodeCache kCache>
+template <typename T, int kBytes, int kShape, DecodeCache kCache>
 gqa_status launch_cache(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   if constexpr (kCache != DecodeCache::kAny) {
-    if (decode.plain) return launch_instance<T, kShape, kCache, true>(args, plan, stream);
+    if (decode.plain) return launch_instance<T, kBytes, kShape, kCache, true>(args, plan, stream);
   }
-  return launch_instance<T, kShape, kCache, false>(args, plan, stream);
+  return launch_instance<T, kBytes, kShape, kCache, false>(args, plan, stream);
 }
 
-template <typename T, int kDim, int kShape = 0>
+template <typename T, int kBytes, int kDim, int kShape = 0>
 gqa_status launch_width(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   if constexpr (kShape == kDecodeShapeCount) {
     return GQA_STATUS_UNSUPPORTED;
   } else if constexpr (kDecodeShapes[kShape].dim != kDim) {
-    return launch_width<T, kDim, kShape + 1>(decode, args, plan, stream);
+    return launch_width<T, kBytes, kDim, kShape + 1>(decode, args, plan, stream);
   } else {
-    if (decode.shape != kShape) return launch_width<T, kDim, kShape + 1>(decode, args, plan, stream);
+    if (decode.shape != kShape) return launch_width<T, kBytes, kDim, kShape + 1>(decode, args, plan, stream);
     switch (decode.cache) {
       case DecodeCache::kContiguous:
-        return launch_cache<T, kShape, DecodeCache::kContiguous>(decode, args, plan, stream);
-      case DecodeCache::kPaged: return launch_cache<T, kShape, DecodeCache::kPaged>(decode, args, plan, stream);
-      case DecodeCache::kAny: return launch_cache<T, kShape, DecodeCache::kAny>(decode, args, plan, stream);
+        return launch_cache<T, kBytes, kShape, DecodeCache::kContiguous>(decode, args, plan, stream);
+      case DecodeCache::kPaged: return launch_cache<T, kBytes, kShape, DecodeCache::kPaged>(decode, args, plan, stream);
+      case DecodeCache::kAny: return launch_cache<T, kBytes, kShape, DecodeCache::kAny>(decode, args, plan, stream);
     }
     return GQA_STATUS_UNSUPPORTED;
   }
@@ -59,8 +60,8 @@ gqa_status launch_width(const DecodePlan &decode, const Args &args, const gqa_la
 
 }  // namespace gqa::cuda::decode_sm90
 
-#define GQA_DECODE_INSTANCE(T, dim, name)                                                                     \
+#define GQA_DECODE_INSTANCE(T, bytes, dim, name)                                                              \
   gqa_status gqa::cuda::decode_sm90::name(const DecodePlan &decode, const Args &args, const gqa_launch &plan, \
                                           cudaStream_t stream) {                                              \
-    return launch_width<T, dim>(decode, args, plan, stream);                                                  \
+    return launch_width<T, bytes, dim>(decode, args, plan, stream);                                           \
   }

@@ -9,14 +9,28 @@ namespace gqa::cuda::decode_sm90 {
 // What rows of a bad page read as: NaN in either 16-bit type.
 static __device__ const uint4 nan_chunk = {0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu, 0x7fff7fffu};
 
+template <int kBytes>
 __device__ __forceinline__ uint4 load_unaligned16(const char *from) {
+  if constexpr (kBytes == 1) {  // the aligned words that hold them
+    const auto address = reinterpret_cast<uintptr_t>(from);
+    const auto *x = reinterpret_cast<const uint32_t *>(address / 4 * 4);
+    const uint32_t shift = address % 4 * 8, last = shift != 0 ? x[4] : 0;
+    return make_uint4(__funnelshift_r(x[0], x[1], shift), __funnelshift_r(x[1], x[2], shift),
+                      __funnelshift_r(x[2], x[3], shift), __funnelshift_r(x[3], last, shift));
+  }
   const auto *x = reinterpret_cast<const uint16_t *>(from);
   return make_uint4(x[0] | x[1] << 16, x[2] | x[3] << 16, x[4] | x[5] << 16, x[6] | x[7] << 16);
 }
 
+template <int kBytes>
 __device__ __forceinline__ void store_unaligned16(char *to, uint4 value) {
-  auto *x = reinterpret_cast<uint16_t *>(to);
   const uint32_t pairs[4] = {value.x, value.y, value.z, value.w};
+  if constexpr (kBytes == 1) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<char>(pairs[i / 4] >> 8 * (i % 4));
+    return;
+  }
+  auto *x = reinterpret_cast<uint16_t *>(to);
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
 }
@@ -40,6 +54,7 @@ struct Place {
       if (tile < t.tile_end) page = look_up(p, t.b, row);
     }
   }
+  __device__ bool is_bad() const { return __any_sync(~0u, page < 0); }
   // Offset of a row in a head of the cache.
   __device__ static int64_t offset(const Args &p, int page, int row, int64_t outer, int row_bytes) {
     if constexpr (C::kPaged) {
@@ -93,7 +108,7 @@ struct Loader {
       for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
         const int page = __shfl_sync(~0u, place.page, at);
         const char *from = head + Place<C>::offset(p, page, first + at, outer, row_bytes) + chunk_at * 16;
-        store_shared16(to_address, bytes(at) == 0 ? uint4{} : page < 0 ? nan_chunk : load_unaligned16(from));
+        store_shared16(to_address, bytes(at) == 0 ? uint4{} : page < 0 ? nan_chunk : load_unaligned16<C::kBytes>(from));
       });
     } else if (!C::kPaged || p.paged_tiles) {
       const char *base = head + Place<C>::offset(p, place.page, first, outer, row_bytes);

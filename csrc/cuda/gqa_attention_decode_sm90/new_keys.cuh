@@ -130,8 +130,8 @@ __device__ void append_new_keys(const Args &p, const Block<C> &t, const char *st
       *reinterpret_cast<uint4 *>(k) = new_k;
       *reinterpret_cast<uint4 *>(v) = new_v;
     } else {
-      store_unaligned16(k, new_k);
-      store_unaligned16(v, new_v);
+      store_unaligned16<C::kBytes>(k, new_k);
+      store_unaligned16<C::kBytes>(v, new_v);
     }
   }
 }

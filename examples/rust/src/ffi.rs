@@ -53,6 +53,17 @@ c_struct! {
 }
 
 c_struct! {
+    /// What quantised caches hold; zeroed: caches are not quantised.
+    KvQuantization = "gqa_kv_quantization" {
+        dtype: i32,
+        k_scale: *const f32,
+        v_scale: *const f32,
+        k_scale_stride: i64,
+        v_scale_stride: i64,
+    }
+}
+
+c_struct! {
     /// Prefill and decode take the same params.
     AttentionParams = "gqa_attention_params" {
         struct_size: u32,
@@ -98,6 +109,7 @@ c_struct! {
         batch_invariant: i32,
         workspace: *mut c_void,
         workspace_size: i64,
+        quantization: KvQuantization,
     }
 }
 

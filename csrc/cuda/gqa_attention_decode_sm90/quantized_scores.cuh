@@ -1,0 +1,191 @@
+// Softmax and sums over 8-bit tiles: what is stored, e4m3 or int8, is exact in float16, and so is a query of either
+// 16-bit type once a power of two has brought it into range; scales wait for the scores and the output.
+// A lane's four bytes of a key are two operands, so that dimensions 16 d + 4 c ... + 3 of it meet those of the query; a
+// lane's four bytes of two values are the operands of dimensions 16 d + 2 r and 16 d + 2 r + 1.
+#pragma once
+
+#include "cuda/gqa_attention_decode_sm90/loads.cuh"
+#include "cuda/gqa_attention_decode_sm90/scores.cuh"
+
+namespace gqa::cuda::decode_sm90 {
+
+// Two stored numbers to float16: of bytes 0 and 1 of the word, then of bytes 2 and 3.
+template <bool kInt8>
+__device__ __forceinline__ uint2 widen_bytes(uint32_t word) {
+  uint2 pairs;
+  if constexpr (kInt8) {
+    // 1152 + x, by its bits, less 1152.
+    word ^= 0x80808080u;
+    const __half2 offset = __floats2half2_rn(1152.0f, 1152.0f);
+    const uint32_t low = __byte_perm(word, 0x64646464u, 0x4140), high = __byte_perm(word, 0x64646464u, 0x4342);
+    const __half2 x = __hsub2(*reinterpret_cast<const __half2 *>(&low), offset);
+    const __half2 y = __hsub2(*reinterpret_cast<const __half2 *>(&high), offset);
+    pairs = {*reinterpret_cast<const uint32_t *>(&x), *reinterpret_cast<const uint32_t *>(&y)};
+  } else {
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+        : "=r"(pairs.x), "=r"(pairs.y)
+        : "r"(word));
+  }
+  return pairs;
+}
+
+template <typename C>
+struct QuantizedSums : Sums<C> {
+  // Weights of up to 2^kHeadroom keep those of 2^-24 and less apart from zero. Not more: the base must round to no less
+  // than 15 below any score.
+  static constexpr float kHeadroom = 7;
+
+  // Calls use(d, operand) for the 16 keys and dimensions 16 d ... of the tile.
+  template <bool kInt8, typename Use>
+  __device__ static void each_key_operand(uint32_t at, Use &&use) {
+#pragma unroll
+    for (int pair = 0; pair < C::kDim / 32; ++pair) {
+      uint32_t words[4];
+      load_matrices(words, chunk_address<C>(at, pair));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint2 upper = widen_bytes<kInt8>(words[2 * i]), lower = widen_bytes<kInt8>(words[2 * i + 1]);
+        const uint32_t operand[4] = {upper.x, lower.x, upper.y, lower.y};
+        use(2 * pair + i, operand);
+      }
+    }
+  }
+  template <bool kInt8, typename Use>
+  __device__ static void each_value_operand(uint32_t at, Use &&use) {
+#pragma unroll
+    for (int pair = 0; pair < C::kDim / 32; ++pair) {
+      uint32_t words[4];
+      load_matrices_transposed(words, chunk_address<C>(at, pair));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint2 first = widen_bytes<kInt8>(__byte_perm(words[i], 0, 0x3120));
+        const uint2 second = widen_bytes<kInt8>(__byte_perm(words[i + 2], 0, 0x3120));
+        const uint32_t operand[4] = {first.x, first.y, second.x, second.y};
+        use(2 * pair + i, operand);
+      }
+    }
+  }
+
+  // As Sums::score. `checks_pages`: keys of bad pages may be among them.
+  template <typename Release>
+  __device__ void score(const Args &p, const Block<C> &t, const Queries<C> &queries, uint32_t tile, int key, int end,
+                        bool checks_pages, uint32_t (&weights)[C::kRowTiles][2], Release &&release) {
+    constexpr int kChains = 2 / C::kRowTiles;  // two at once halve the latency
+    float s[C::kRowTiles][4] = {}, odd[kChains == 2 ? C::kRowTiles : 1][4] = {};
+    const uint32_t at = tile + lane_offset<C>(t.lane % 16, t.lane / 16);
+    const auto multiply = [&](int d, const uint32_t(&k)[4]) {
+#pragma unroll
+      for (int n = 0; n < C::kRowTiles; ++n) {
+        multiply_add<__half>(kChains == 2 && d % 2 ? odd[n] : s[n], k, queries.x[n][d][0], queries.x[n][d][1]);
+      }
+    };
+    if (p.cache_dtype == GQA_DTYPE_INT8) {
+      each_key_operand<true>(at, multiply);
+    } else {
+      each_key_operand<false>(at, multiply);
+    }
+    release();
+    const bool edge = this->is_edge(p, t, key, end);
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = __fmul_rn(kChains == 2 ? s[n][e] + odd[n][e] : s[n][e], queries.scale[n][e % 2]);
+        if (!C::kPlain && p.softcap > 0) s[n][e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[n][e]));
+      }
+      if (checks_pages) spoil(p, t, key, end, s[n]);
+      if (edge) this->mask(p, t, n, key, end, s[n]);
+      weigh(n, s[n]);
+      weights[n][0] = transpose_matrix(pack<__half>(s[n][0], s[n][1]));
+      weights[n][1] = transpose_matrix(pack<__half>(s[n][2], s[n][3]));
+    }
+  }
+
+  __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end,
+                      const uint32_t (&weights)[C::kRowTiles][2]) {
+    const uint32_t at = tile + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
+    if (!C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && this->is_edge(p, t, key, end)) {
+      add_edge(p, t, at, key, end, weights);
+      return;
+    }
+    const auto multiply = [&](int d, const uint32_t(&v)[4]) {
+#pragma unroll
+      for (int n = 0; n < C::kRowTiles; ++n) multiply_add<__half>(this->o[n][d], v, weights[n][0], weights[n][1]);
+    };
+    if (p.cache_dtype == GQA_DTYPE_INT8) {
+      each_value_operand<true>(at, multiply);
+    } else {
+      each_value_operand<false>(at, multiply);
+    }
+  }
+
+ private:
+  // Scores of a group of rows become weights; sums so far are scaled to the new base.
+  __device__ void weigh(int n, float (&s)[4]) {
+    float factor[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float &base = this->max[n][e];
+      float top = fmaxf(base, fmaxf(s[e], s[2 + e]) - kHeadroom);
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      const float finite = top == minus_infinity() ? 0.0f : top;
+      factor[e] = exp2_fast(base - finite);
+      base = top;
+      s[e] = exp2_fast(s[e] - finite), s[2 + e] = exp2_fast(s[2 + e] - finite);
+      this->sum[n][e] = this->sum[n][e] * factor[e] + (s[e] + s[2 + e]);
+    }
+    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+      for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] *= factor[e % 2];
+    }
+  }
+
+  // Scores of keys whose page does not exist become NaN: int8 has no number that would make them so.
+  __device__ static void spoil(const Args &p, const Block<C> &t, int key, int end, float (&s)[4]) {
+    const int page = Place<C>::look_up(p, t.b, min(max(key + t.lane % kTile, t.row_low), end - 1));
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (__shfl_sync(~0u, page, t.r + e / 2 * 8) < 0) s[e] = __int_as_float(0x7fc00000);
+    }
+  }
+
+  // As Sums::add_edge.
+  __device__ void add_edge(const Args &p, const Block<C> &t, uint32_t at, int key, int end,
+                           const uint32_t (&weights)[C::kRowTiles][2]) {
+#pragma unroll 1
+    for (int i = 0; i < p.seqlen_q; ++i) {
+      const int low = t.keys.low(i), high = min(t.keys.high(i), end);
+      const auto sees = [&](int at_key) { return at_key >= low && at_key < high; };
+      uint32_t seen[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int first = key + 8 * e + 2 * t.c;
+        seen[e] = (sees(first) ? 0x0000ffffu : 0) | (sees(first + 1) ? 0xffff0000u : 0);
+      }
+      const auto multiply = [&](int d, const uint32_t(&all)[4]) {
+        uint32_t v[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[e] = all[e] & seen[e / 2];
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+          float part[4] = {};
+          multiply_add<__half>(part, v, weights[n][0], weights[n][1]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int row = 8 * n + 2 * t.c + e % 2 - i * p.group;
+            if (row >= 0 && row < p.group) this->o[n][d][e] += part[e];
+          }
+        }
+      };
+      if (p.cache_dtype == GQA_DTYPE_INT8) {
+        each_value_operand<true>(at, multiply);
+      } else {
+        each_value_operand<false>(at, multiply);
+      }
+    }
+  }
+};
+
+}  // namespace gqa::cuda::decode_sm90
