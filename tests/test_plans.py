@@ -348,3 +348,23 @@ def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
     assert kernel(128, 64, interleaved=True) == vector
     assert kernel(256, 128, torch.float32) == kernel(264, 132) == kernel(8, 4) == kernel(96, 36) == scalar
     assert kernel(8, 4, interleaved=True) == kernel(96, 36, interleaved=True) == vector
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_caches(kind: torch.dtype) -> None:
+    """Where decode_ring serves a 16-bit cache it serves a quantised one too; prefill is the portable kernels'."""
+    lengths = torch.zeros(2, dtype=torch.int32)
+    for heads, head_dim in itertools.product(((32, 8), (8, 8), (16, 1), (32, 1)), (64, 96, 128, 256)):
+        q, like = wide(2, 1, heads[0], head_dim), wide(2, 4096, heads[1], head_dim)
+        cache = torch.zeros(2, 1, heads[1], head_dim, dtype=torch.uint8).view(kind).expand(2, 4096, heads[1], head_dim)
+        plain = plan_for(H200, "gqa_attention_decode", q, like, like, cache_seqlens=lengths)["launches"]
+        quantised = plan_for(H200, "gqa_attention_decode", q, cache, cache, cache_seqlens=lengths)["launches"]
+        assert [launch["kernel"] for launch in quantised] == [launch["kernel"] for launch in plain]
+        for launch in quantised:
+            assert launch["dtype"] == f"bfloat16, {str(kind).removeprefix('torch.')} cache"
+            assert launch["shared_memory"] <= H200["max_shared_memory"]
+        portable = plan_for(A100, "gqa_attention_decode", q, cache, cache, cache_seqlens=lengths)["launches"]
+        assert portable[0]["kernel"].startswith("attend_")
+        long = wide(2, 512, heads[0], head_dim)
+        plan = plan_for(H200, "gqa_attention_prefill", long, None, None, cache, cache, cache_seqlens=lengths)
+        assert plan["launches"][0]["kernel"] == "attend_many_rows" and "quantised" in str(plan["reason"])

@@ -222,8 +222,7 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
     const DecodePlan &decode = plan->decode;
     gqa_launch launch = make_launch(name, "decode_ring", p->dtype, {decode.cluster, p->num_kv_heads, p->batch},
                                     {32 * kDecodeShapes[decode.shape].warps}, decode.shared_memory,
-                                    6 * decode.shape + 2 * static_cast<int>(decode.cache) + decode.plain +
-                                        (p->quantization.dtype != 0 ? 6 * kDecodeShapeCount : 0));
+                                    6 * decode.shape + 2 * static_cast<int>(decode.cache) + decode.plain);
     launch.num_splits = decode.cluster;
     add_launch(&plan->plan, launch);
     plan->plan.reason = "few rows per KV head on sm_90: a cluster of blocks divides the keys";

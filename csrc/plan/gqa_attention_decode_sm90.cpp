@@ -9,14 +9,13 @@
 namespace gqa {
 namespace {
 
-constexpr int64_t kTile = 16;        // keys
 constexpr int64_t kMaxRows = 16;     // query tokens times heads of the group
 constexpr int64_t kMaxGrid = 65535;  // in y and z
 constexpr int64_t kMaxInt = 0x7fffffff - 64;
 constexpr int32_t kMinSms = 100;          // a cluster has to fit one of the device's groups of SMs
 constexpr int64_t kLongCapacity = 32768;  // keys from which more, smaller blocks are faster
 constexpr int64_t kManyLong = 4096;       // the same with many sequences
-constexpr int64_t kShare = 131072;        // elements of K of a block, from which on further blocks share them
+constexpr int64_t kShare = 131072;        // 16-bit elements of K of a block, from which on further blocks share them
 constexpr int64_t kInvariantBlocks = 8;
 
 std::atomic<int32_t> kernel_override{0};
@@ -53,13 +52,15 @@ bool fits_rows(const int64_t *stride) { return stride[1] >= 0 && stride[1] <= kM
 
 int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
   const int row_tiles = query_rows(p) > 8 ? 2 : 1;
+  const int bytes = p->quantization.dtype != 0 ? 1 : 2;
+  const auto serves = [&](const DecodeShape &shape) {
+    return shape.bytes == bytes && shape.dim == p->head_dim && shape.row_tiles == row_tiles;
+  };
   int shape = 0;
-  while (shape < kDecodeShapeCount &&
-         (kDecodeShapes[shape].dim != p->head_dim || kDecodeShapes[shape].row_tiles != row_tiles)) {
-    ++shape;
-  }
+  while (shape < kDecodeShapeCount && !serves(kDecodeShapes[shape])) ++shape;
   if (p->head_dim != 128 || row_tiles != 1) return shape;
   if (p->batch_invariant) return shape + 1;
+  if (bytes == 1) return 16 * pairs(p) > device->num_sms ? shape : shape + 1;  // small blocks in clusters of 16
   // One large block an SM where that makes one wave of clusters of 8, or many short waves; else three small ones.
   const bool one_wave = 24 * pairs(p) >= device->num_sms && 16 * pairs(p) <= device->num_sms && keys < kLongCapacity;
   const bool many_waves = pairs(p) > 2 * device->num_sms && keys < kManyLong;
@@ -72,18 +73,19 @@ int64_t find_cluster(const gqa_attention_params *p, const gqa_device *device, co
   if (p->batch_invariant) return kInvariantBlocks;  // whatever the batch and the capacity
   // Blocks to aim for: half an SM's worth of large ones, one an SM, or two of three small ones.
   const int64_t sms = device->num_sms;
-  const int64_t wanted = shape.resident == 1 ? 5 * sms / 8 : (shape.resident == 2 ? 5 * sms / 4 : 15 * sms / 8);
+  const int64_t three = shape.bytes == 1 ? 2 * sms : 15 * sms / 8;
+  const int64_t wanted = shape.resident == 1 ? 5 * sms / 8 : (shape.resident == 2 ? 5 * sms / 4 : three);
   const int64_t largest = shape.resident == 1 ? 8 : 16;
   int64_t cluster = pairs(p) >= 8 * sms ? 1 : 2;  // of several sequences some are short: halves even that out
   while (2 * cluster <= largest && 2 * cluster * pairs(p) <= wanted) cluster *= 2;
   if (p->batch > 1 && shape.resident > 1) {
     const bool many = pairs(p) > 2 * sms;
-    const int64_t share = (many ? kShare / 2 : kShare) / shape.dim, most = many ? 8 : 16;
+    const int64_t share = (many ? kShare / 2 : kShare) / shape.dim * (2 / shape.bytes), most = many ? 8 : 16;
     int64_t grown = cluster;
     while (2 * grown <= most && 2 * grown * share <= keys) grown *= 2;
-    if (grown > 4 || shape.resident == 2) cluster = grown;
+    if (grown > 4 || (shape.resident == 2 && shape.bytes == 2)) cluster = grown;
   }
-  const int64_t useful = std::max<int64_t>(1, ceil_div(keys, kTile) / shape.warps);
+  const int64_t useful = std::max<int64_t>(1, ceil_div<int64_t>(keys, shape.tile) / shape.warps);
   while (cluster > useful) cluster /= 2;
   return cluster;
 }
@@ -129,7 +131,8 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
                p->softcap == 0;
   const int64_t slots = ceil_div<int64_t>(query_rows(p) * (shape.dim / 32), cluster);
   plan.shared_memory =
-      decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.row_tiles) + slots * cluster * kDecodeUnitBytes;
+      decode_fixed_memory(shape.bytes, shape.dim, shape.warps, shape.stages, shape.tile, shape.row_tiles) +
+      slots * cluster * kDecodeUnitBytes;
   return plan;
 }
 

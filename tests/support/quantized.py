@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ class Quantized:
     dtype: torch.dtype
     k_scale: Tensor
     v_scale: Tensor
+    _stored: list[list[Tensor]] = field(default_factory=list)
 
     @staticmethod
     def fit(case: Case, dtype: torch.dtype, *, per_head: bool, headroom: float = 1.0) -> Quantized:
@@ -71,8 +72,11 @@ class Quantized:
         return torch.cat([k[: len(k) - new], fresh.to(k.dtype)])
 
     def stored(self) -> tuple[list[Tensor], list[Tensor]]:
-        k = [quantize(self.rotated(b), self.k_scale, self.dtype) for b in range(self.case.batch)]
-        return k, [quantize(v, self.v_scale, self.dtype) for v in self.case.v]
+        if not self._stored:
+            k, lengths = [self.rotated(b) for b in range(self.case.batch)], [len(v) for v in self.case.v]
+            for parts, scale in ((k, self.k_scale), (self.case.v, self.v_scale)):
+                self._stored.append(list(quantize(torch.cat(parts), scale, self.dtype).split(lengths)))
+        return self._stored[0], self._stored[1]
 
     def attended(self, cache: Cache | None = None) -> Case:
         """The case whose keys and values are what the cache stands for; those of ``cache``, if given."""

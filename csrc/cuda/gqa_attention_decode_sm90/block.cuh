@@ -8,21 +8,21 @@
 namespace gqa::cuda::decode_sm90 {
 
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kTile = 16;  // keys
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
 // kPlain_: one query token, no new keys, rotation, window, padding or softcap: short code for the calls that want
 // least.
 // kBytes_: of a cached element; 1: quantised.
-template <typename T_, int kBytes_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_,
-          bool kPlain_>
+template <typename T_, int kBytes_, int kDim_, int kWarps_, int kStages_, int kTile_, int kRowTiles_,
+          DecodeCache kCache_, bool kPlain_>
 struct Config {
   using T = T_;
   static constexpr int kBytes = kBytes_;
   static constexpr int kDim = kDim_;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kStages = kStages_;                             // tiles of K and V that a warp has room for
+  static constexpr int kTile = kTile_, kSteps = kTile / 16;            // keys of a tile, and products along them
   static constexpr int kRowTiles = kRowTiles_;                         // groups of 8 query rows
   static constexpr bool kPaged = kCache_ != DecodeCache::kContiguous;  // rows are found through `Place`
   static constexpr bool kAligned = kCache_ != DecodeCache::kAny;
@@ -52,7 +52,7 @@ struct Config {
   // A unit is 32 dimensions of a row; unit u belongs to block u % blocks, which gets it from each block.
   static constexpr int kUnitBytes = 32 * 4 + 8;
 
-  static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages *kBytes / 2, kRowTiles) &&
+  static_assert(kParts == decode_fixed_memory(kBytes, kDim, kWarps, kStages, kTile, kRowTiles) &&
                 kUnitBytes == kDecodeUnitBytes);
 };
 
@@ -140,9 +140,9 @@ __device__ bool divide(const Args &p, int cached, int leftpad, Block<C> *t) {
   cached = valid ? cached : 0;
   t->keys = {cached + new_keys - p.seqlen_q, cached, cached + new_keys, min(leftpad, p.capacity), p.window_left};
   t->row_low = C::kPlain ? 0 : max(t->keys.low(0), 0), t->row_high = cached;
-  const int start = static_cast<uint32_t>(t->row_low) / kTile;
+  const int start = static_cast<uint32_t>(t->row_low) / C::kTile;
   t->first = start + t->rank * C::kWarps + t->warp;
-  t->tile_end = t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + kTile - 1) / kTile) : start;
+  t->tile_end = t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + C::kTile - 1) / C::kTile) : start;
 #pragma unroll 1
   while (t->blocks_log > 0 && t->tile_end - start <= p.share << (t->blocks_log - 1)) --t->blocks_log;
   t->stride = C::kWarps << t->blocks_log;

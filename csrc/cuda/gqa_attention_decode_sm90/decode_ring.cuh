@@ -49,13 +49,14 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
     const int tile = work.tile(i), next = work.tile(i + C::kStages);
     const uint32_t stage = ring_base + offset;
     const bool is_new = !C::kPlain && i == work.new_at, refills = next < t.tile_end;
-    const int key = is_new ? t.keys.cached : tile * kTile, end = is_new ? t.keys.total : t.row_high;
+    const int key = is_new ? t.keys.cached : tile * C::kTile, end = is_new ? t.keys.total : t.row_high;
     if (is_new && i < C::kStages - 1) {
       copy_async_wait<0>();  // the last tile of this warp, loaded with the last group
     } else {
       copy_async_wait<C::kStages - 1>();
     }
-    if (C::kPlain && i == 0 && key + kTile > end) {  // loaded ahead of the length: nobody sees the values from `end` on
+    if (C::kPlain && i == 0 &&
+        key + C::kTile > end) {  // loaded ahead of the length: nobody sees the values from `end` on
       __syncwarp();
       for (int at = (end - key) * C::kRowBytes + 16 * t.lane; at < C::kTileBytes; at += 512) {
         store_shared16(stage + C::kTileBytes + at, {});
@@ -63,7 +64,7 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
     }
     __syncwarp();
     if (is_new) append_new_keys(p, t, ring + offset);
-    uint32_t weights[C::kRowTiles][2];
+    typename SumsOf<C>::Weights weights;
     const auto refill_keys = [&] {
       __syncwarp();
       if (refills) loader.load_k(p, t, ahead, next, stage);
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   if (!rotates) queries.load(p, t);  // ahead of the keys, or they would arrive after them
   if constexpr (C::kPlain) {
     if (early) {  // rows below the capacity exist: the first tile is loaded whatever the length
-      t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + kTile - 1) / kTile;
+      t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + C::kTile - 1) / C::kTile;
       const int tile = t.rank * C::kWarps + t.warp;
       Place<C> place;
       place.find(p, t, tile);

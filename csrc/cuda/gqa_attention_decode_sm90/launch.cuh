@@ -6,12 +6,14 @@
 
 namespace gqa::cuda::decode_sm90 {
 
-template <typename T, int kBytes, int kShape, DecodeCache kCache, bool kPlain>
+template <typename T, int kShape, DecodeCache kCache, bool kPlain>
 gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   constexpr DecodeShape kIs = kDecodeShapes[kShape];
-  constexpr int kStages = 2 / kBytes * kIs.stages;  // quantised tiles take half the room
-  using C = Config<T, kBytes, kIs.dim, kIs.warps, kStages, kIs.row_tiles, kCache, kPlain>;
-  constexpr auto kKernel = &decode_ring<C, kIs.resident>;
+  using C = Config<T, kIs.bytes, kIs.dim, kIs.warps, kIs.stages, kIs.tile, kIs.row_tiles, kCache, kPlain>;
+  // Wide rows, and rows moved through registers, need more of those than so many blocks leave.
+  constexpr bool kScarce = kIs.bytes == 1 && !kPlain && (kIs.dim == 256 || kCache == DecodeCache::kAny);
+  constexpr int kBlocks = kScarce && kIs.resident > 1 ? kIs.resident - 1 : kIs.resident;
+  constexpr auto kKernel = &decode_ring<C, kBlocks>;
   const auto *function = reinterpret_cast<const void *>(kKernel);
   log_launch(plan);
   GQA_RETURN_IF_ERROR(
@@ -32,27 +34,27 @@ gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_
   return check_cuda(cudaLaunchKernelEx(&config, kKernel, args));
 }
 
-template <typename T, int kBytes, int kShape, DecodeCache kCache>
+template <typename T, int kShape, DecodeCache kCache>
 gqa_status launch_cache(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   if constexpr (kCache != DecodeCache::kAny) {
-    if (decode.plain) return launch_instance<T, kBytes, kShape, kCache, true>(args, plan, stream);
+    if (decode.plain) return launch_instance<T, kShape, kCache, true>(args, plan, stream);
   }
-  return launch_instance<T, kBytes, kShape, kCache, false>(args, plan, stream);
+  return launch_instance<T, kShape, kCache, false>(args, plan, stream);
 }
 
 template <typename T, int kBytes, int kDim, int kShape = 0>
 gqa_status launch_width(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   if constexpr (kShape == kDecodeShapeCount) {
     return GQA_STATUS_UNSUPPORTED;
-  } else if constexpr (kDecodeShapes[kShape].dim != kDim) {
+  } else if constexpr (kDecodeShapes[kShape].dim != kDim || kDecodeShapes[kShape].bytes != kBytes) {
     return launch_width<T, kBytes, kDim, kShape + 1>(decode, args, plan, stream);
   } else {
     if (decode.shape != kShape) return launch_width<T, kBytes, kDim, kShape + 1>(decode, args, plan, stream);
     switch (decode.cache) {
       case DecodeCache::kContiguous:
-        return launch_cache<T, kBytes, kShape, DecodeCache::kContiguous>(decode, args, plan, stream);
-      case DecodeCache::kPaged: return launch_cache<T, kBytes, kShape, DecodeCache::kPaged>(decode, args, plan, stream);
-      case DecodeCache::kAny: return launch_cache<T, kBytes, kShape, DecodeCache::kAny>(decode, args, plan, stream);
+        return launch_cache<T, kShape, DecodeCache::kContiguous>(decode, args, plan, stream);
+      case DecodeCache::kPaged: return launch_cache<T, kShape, DecodeCache::kPaged>(decode, args, plan, stream);
+      case DecodeCache::kAny: return launch_cache<T, kShape, DecodeCache::kAny>(decode, args, plan, stream);
     }
     return GQA_STATUS_UNSUPPORTED;
   }

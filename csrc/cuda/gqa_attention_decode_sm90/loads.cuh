@@ -50,7 +50,7 @@ struct Place {
   }
   __device__ void find(const Args &p, const Block<C> &t, int tile) {
     if constexpr (C::kPaged) {
-      const int row = min(max(tile * kTile + t.lane % kTile, t.row_low), t.row_high - 1);
+      const int row = min(max(tile * C::kTile + t.lane % C::kTile, t.row_low), t.row_high - 1);
       if (tile < t.tile_end) page = look_up(p, t.b, row);
     }
   }
@@ -69,8 +69,8 @@ struct Place {
 template <typename C>
 struct Loader {
   static constexpr int kPeriod = 32 % C::kChunks == 0 ? 1 : 3;
-  static constexpr int kPeriodRows = 32 * kPeriod / C::kChunks, kRepeats = kTile / kPeriodRows;
-  static_assert(kPeriodRows * C::kChunks == 32 * kPeriod && kRepeats * kPeriodRows == kTile);
+  static constexpr int kPeriodRows = 32 * kPeriod / C::kChunks, kRepeats = C::kTile / kPeriodRows;
+  static_assert(kPeriodRows * C::kChunks == 32 * kPeriod && kRepeats * kPeriodRows == C::kTile);
 
   int row[kPeriod], chunk[kPeriod];
   uint32_t to[kPeriod];
@@ -100,7 +100,7 @@ struct Loader {
   // Starts the copies of a tile's K or V. Rows that nobody sees become zeros without being read.
   __device__ void load(const Args &p, const Block<C> &t, const Place<C> &place, int tile, const char *head,
                        int64_t outer, int row_bytes, uint32_t address) const {
-    const int first = tile * kTile;
+    const int first = tile * C::kTile;
     const uint32_t skipped = t.row_low - first, seen = t.row_high - t.row_low;
     const auto bytes = [&](int at) { return at - skipped < seen ? 16u : 0u; };
     const char *nan = reinterpret_cast<const char *>(__cvta_generic_to_global(&nan_chunk));

@@ -11,7 +11,7 @@ template <typename C>
 __device__ void stage_quantized_keys(const Args &p, const Block<C> &t, char *stage_at) {
   using T = typename C::T;
 #pragma unroll 1
-  for (int i = p.seqlen_q * C::kChunks + t.lane; i < kTile * C::kChunks; i += 32) {
+  for (int i = p.seqlen_q * C::kChunks + t.lane; i < C::kTile * C::kChunks; i += 32) {
     *reinterpret_cast<uint4 *>(stage_at + 16 * i) = {};
     *reinterpret_cast<uint4 *>(stage_at + C::kTileBytes + 16 * i) = {};
   }

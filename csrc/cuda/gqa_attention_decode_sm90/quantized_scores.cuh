@@ -67,87 +67,124 @@ struct QuantizedSums : Sums<C> {
     }
   }
 
+  using Weights = uint32_t[C::kSteps][C::kRowTiles][2];
+
   // As Sums::score. `checks_pages`: keys of bad pages may be among them.
   template <typename Release>
   __device__ void score(const Args &p, const Block<C> &t, const Queries<C> &queries, uint32_t tile, int key, int end,
-                        bool checks_pages, uint32_t (&weights)[C::kRowTiles][2], Release &&release) {
-    constexpr int kChains = 2 / C::kRowTiles;  // two at once halve the latency
-    float s[C::kRowTiles][4] = {}, odd[kChains == 2 ? C::kRowTiles : 1][4] = {};
-    const uint32_t at = tile + lane_offset<C>(t.lane % 16, t.lane / 16);
-    const auto multiply = [&](int d, const uint32_t(&k)[4]) {
+                        bool checks_pages, Weights &weights, Release &&release) {
+    float s[C::kSteps][C::kRowTiles][4] = {};
 #pragma unroll
-      for (int n = 0; n < C::kRowTiles; ++n) {
-        multiply_add<__half>(kChains == 2 && d % 2 ? odd[n] : s[n], k, queries.x[n][d][0], queries.x[n][d][1]);
+    for (int step = 0; step < C::kSteps; ++step) {
+      const uint32_t at = tile + step * 16 * C::kRowBytes + lane_offset<C>(t.lane % 16, t.lane / 16);
+      const auto multiply = [&](int d, const uint32_t(&k)[4]) {
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+          multiply_add<__half>(s[step][n], k, queries.x[n][d][0], queries.x[n][d][1]);
+        }
+      };
+      if (p.cache_dtype == GQA_DTYPE_INT8) {
+        each_key_operand<true>(at, multiply);
+      } else {
+        each_key_operand<false>(at, multiply);
       }
-    };
-    if (p.cache_dtype == GQA_DTYPE_INT8) {
-      each_key_operand<true>(at, multiply);
-    } else {
-      each_key_operand<false>(at, multiply);
     }
     release();
+    const int page = C::kPaged && checks_pages ? find_page(p, t, key, end) : 0;
     const bool edge = this->is_edge(p, t, key, end);
 #pragma unroll
     for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s[n][e] = __fmul_rn(kChains == 2 ? s[n][e] + odd[n][e] : s[n][e], queries.scale[n][e % 2]);
-        if (!C::kPlain && p.softcap > 0) s[n][e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[n][e]));
+      for (int step = 0; step < C::kSteps; ++step) {
+        float(&x)[4] = s[step][n];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          x[e] = __fmul_rn(x[e], queries.scale[n][e % 2]);
+          if (!C::kPlain && p.softcap > 0) x[e] = __fmul_rn(p.softcap * kLog2e, tanhf(x[e]));
+        }
+        if (C::kPaged && checks_pages) spoil(page, 16 * step + t.r, x);
+        if (edge) this->mask(p, t, n, key + 16 * step, end, x);
       }
-      if (checks_pages) spoil(p, t, key, end, s[n]);
-      if (edge) this->mask(p, t, n, key, end, s[n]);
-      weigh(n, s[n]);
-      weights[n][0] = transpose_matrix(pack<__half>(s[n][0], s[n][1]));
-      weights[n][1] = transpose_matrix(pack<__half>(s[n][2], s[n][3]));
     }
+    weigh(s, weights);
   }
 
-  __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end,
-                      const uint32_t (&weights)[C::kRowTiles][2]) {
-    const uint32_t at = tile + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
-    if (!C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && this->is_edge(p, t, key, end)) {
-      add_edge(p, t, at, key, end, weights);
-      return;
-    }
-    const auto multiply = [&](int d, const uint32_t(&v)[4]) {
+  __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end, const Weights &weights) {
+    const bool mixed = !C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && this->is_edge(p, t, key, end);
 #pragma unroll
-      for (int n = 0; n < C::kRowTiles; ++n) multiply_add<__half>(this->o[n][d], v, weights[n][0], weights[n][1]);
-    };
-    if (p.cache_dtype == GQA_DTYPE_INT8) {
-      each_value_operand<true>(at, multiply);
-    } else {
-      each_value_operand<false>(at, multiply);
+    for (int step = 0; step < C::kSteps; ++step) {
+      const uint32_t at =
+          tile + step * 16 * C::kRowBytes + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
+      if (mixed) {
+        add_edge(p, t, at, key + 16 * step, end, weights[step]);
+        continue;
+      }
+      each_value(p, at, [&](int d, const uint32_t(&v)[4]) {
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+          multiply_add<__half>(this->o[n][d], v, weights[step][n][0], weights[step][n][1]);
+        }
+      });
     }
   }
 
  private:
-  // Scores of a group of rows become weights; sums so far are scaled to the new base.
-  __device__ void weigh(int n, float (&s)[4]) {
-    float factor[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float &base = this->max[n][e];
-      float top = fmaxf(base, fmaxf(s[e], s[2 + e]) - kHeadroom);
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      const float finite = top == minus_infinity() ? 0.0f : top;
-      factor[e] = exp2_fast(base - finite);
-      base = top;
-      s[e] = exp2_fast(s[e] - finite), s[2 + e] = exp2_fast(s[2 + e] - finite);
-      this->sum[n][e] = this->sum[n][e] * factor[e] + (s[e] + s[2 + e]);
-    }
-    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-      for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] *= factor[e % 2];
+  template <typename Use>
+  __device__ static void each_value(const Args &p, uint32_t at, Use &&use) {
+    if (p.cache_dtype == GQA_DTYPE_INT8) {
+      each_value_operand<true>(at, use);
+    } else {
+      each_value_operand<false>(at, use);
     }
   }
 
+  // Scores become weights; sums so far are scaled to the new bases.
+  __device__ void weigh(float (&s)[C::kSteps][C::kRowTiles][4], Weights &weights) {
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+      float factor[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float &base = this->max[n][e], &sum = this->sum[n][e];
+        float top = minus_infinity();
+#pragma unroll
+        for (int step = 0; step < C::kSteps; ++step) top = fmaxf(top, fmaxf(s[step][n][e], s[step][n][2 + e]));
+        top = fmaxf(base, top - kHeadroom);
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        const float finite = top == minus_infinity() ? 0.0f : top;
+        factor[e] = exp2_fast(base - finite);
+        base = top;
+        sum *= factor[e];
+#pragma unroll
+        for (int step = 0; step < C::kSteps; ++step) {
+          float(&x)[4] = s[step][n];
+          x[e] = exp2_fast(x[e] - finite), x[2 + e] = exp2_fast(x[2 + e] - finite);
+          sum += x[e] + x[2 + e];
+        }
+      }
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+        const float(&x)[4] = s[step][n];
+        weights[step][n][0] = transpose_matrix(pack<__half>(x[0], x[1]));
+        weights[step][n][1] = transpose_matrix(pack<__half>(x[2], x[3]));
+      }
+      if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+        for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] *= factor[e % 2];
+      }
+    }
+  }
+
+  // Page of key `key` + lane, or of the nearest that is seen.
+  __device__ static int find_page(const Args &p, const Block<C> &t, int key, int end) {
+    return Place<C>::look_up(p, t.b, min(max(key + t.lane % C::kTile, t.row_low), end - 1));
+  }
   // Scores of keys whose page does not exist become NaN: int8 has no number that would make them so.
-  __device__ static void spoil(const Args &p, const Block<C> &t, int key, int end, float (&s)[4]) {
-    const int page = Place<C>::look_up(p, t.b, min(max(key + t.lane % kTile, t.row_low), end - 1));
+  __device__ static void spoil(int page, int row, float (&s)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (__shfl_sync(~0u, page, t.r + e / 2 * 8) < 0) s[e] = __int_as_float(0x7fc00000);
+      if (__shfl_sync(~0u, page, row + e / 2 * 8) < 0) s[e] = __int_as_float(0x7fc00000);
     }
   }
 
@@ -164,7 +201,7 @@ struct QuantizedSums : Sums<C> {
         const int first = key + 8 * e + 2 * t.c;
         seen[e] = (sees(first) ? 0x0000ffffu : 0) | (sees(first + 1) ? 0xffff0000u : 0);
       }
-      const auto multiply = [&](int d, const uint32_t(&all)[4]) {
+      each_value(p, at, [&](int d, const uint32_t(&all)[4]) {
         uint32_t v[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[e] = all[e] & seen[e / 2];
@@ -178,12 +215,7 @@ struct QuantizedSums : Sums<C> {
             if (row >= 0 && row < p.group) this->o[n][d][e] += part[e];
           }
         }
-      };
-      if (p.cache_dtype == GQA_DTYPE_INT8) {
-        each_value_operand<true>(at, multiply);
-      } else {
-        each_value_operand<false>(at, multiply);
-      }
+      });
     }
   }
 };

@@ -15,6 +15,8 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
 
 template <typename C>
 struct Sums {
+  using Weights = uint32_t[C::kRowTiles][2];
+
   float max[C::kRowTiles][2], sum[C::kRowTiles][2];  // of rows 8 n + 2 c and the next; sum: of this thread's keys
   float o[C::kRowTiles][C::kDim / 16][4];            // dimensions 16 d + r of those two rows, then 16 d + 8 + r of them
 
@@ -78,8 +80,8 @@ struct Sums {
 
   // Whether some token does not see some of the 16 keys.
   __device__ static bool is_edge(const Args &p, const Block<C> &t, int key, int end) {
-    if constexpr (C::kPlain) return key + kTile > end;
-    return key < t.keys.low(p.seqlen_q - 1) || key + kTile > min(t.keys.high(0), end);
+    if constexpr (C::kPlain) return key + C::kTile > end;
+    return key < t.keys.low(p.seqlen_q - 1) || key + C::kTile > min(t.keys.high(0), end);
   }
   __device__ static void mask(const Args &p, const Block<C> &t, int n, int key, int end, float (&s)[4]) {
 #pragma unroll
