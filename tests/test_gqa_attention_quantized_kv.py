@@ -70,7 +70,10 @@ def test_p1_head_dim(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> Non
 def test_p1_every_length(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
     """Every length about the edges of tiles, with whatever bytes where no key is."""
     for queries, new in ((1, 1), (1, 0), (5, 5), (2, 0)):
-        lengths = [(queries, cached, new) for cached in [*range(max(queries - new, 1), 20), 31, 32, 33, 63, 64, 65, 127, 128, 129]]
+        lengths = [
+            (queries, cached, new)
+            for cached in [*range(max(queries - new, 1), 20), 31, 32, 33, 63, 64, 65, 127, 128, 129]
+        ]
         case = make_case(lengths, dtype=dtype, heads=(2, 1), head_dim=64 if guard.device == "cuda" else 32)
         x = Quantized.fit(case, kind, per_head=False)
         for page_size in (None, 16, 7):

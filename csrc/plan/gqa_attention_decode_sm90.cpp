@@ -76,7 +76,9 @@ int64_t find_cluster(const gqa_attention_params *p, const gqa_device *device, co
   const int64_t three = shape.bytes == 1 ? 2 * sms : 15 * sms / 8;
   const int64_t wanted = shape.resident == 1 ? 5 * sms / 8 : (shape.resident == 2 ? 5 * sms / 4 : three);
   const int64_t largest = shape.resident == 1 ? 8 : 16;
-  int64_t cluster = pairs(p) >= 8 * sms ? 1 : 2;  // of several sequences some are short: halves even that out
+  // Of several sequences some are short: halves even that out, but of a quantised cache's 64 columns are little work.
+  const bool whole = pairs(p) >= 8 * sms || (shape.bytes == 1 && shape.dim == 64 && pairs(p) > 2 * sms);
+  int64_t cluster = whole ? 1 : 2;
   while (2 * cluster <= largest && 2 * cluster * pairs(p) <= wanted) cluster *= 2;
   if (p->batch > 1 && shape.resident > 1) {
     const bool many = pairs(p) > 2 * sms;

@@ -35,7 +35,17 @@ __device__ __forceinline__ void store_unaligned16(char *to, uint4 value) {
   for (int i = 0; i < 8; ++i) x[i] = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
 }
 
-// Page of row `lane % 16` of a tile, or of the nearest row that is seen; -1 for a bad one.
+// 16 bytes of a row. L2 fetches rows of less than 128 bytes as they are, or it would bring what other blocks read, too.
+template <typename C>
+__device__ __forceinline__ void copy_chunk_async(uint32_t to, const char *from, uint32_t bytes) {
+  if constexpr (C::kRowBytes < 128) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  } else {
+    copy_async16<C::kRowBytes>(to, from, bytes);
+  }
+}
+
+// Page of row `lane % kTile` of a tile, or of the nearest row that is seen; -1 for a bad one.
 template <typename C>
 struct Place {
   int page = 0;
@@ -115,14 +125,14 @@ struct Loader {
       for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
         const char *from = base + static_cast<int64_t>(at) * row_bytes + chunk_at * 16;
         if (C::kPaged && place.page < 0) from = nan;
-        copy_async16<C::kRowBytes>(to_address, from, bytes(at));
+        copy_chunk_async<C>(to_address, from, bytes(at));
       });
     } else {
       for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
         const int page = __shfl_sync(~0u, place.page, at);
         const char *from = head + Place<C>::offset(p, page, first + at, outer, row_bytes) + chunk_at * 16;
         if (page < 0) from = nan;
-        copy_async16<C::kRowBytes>(to_address, from, bytes(at));
+        copy_chunk_async<C>(to_address, from, bytes(at));
       });
     }
   }
