@@ -82,6 +82,8 @@ def generate(
     settings = Settings(do_sample, seed, temperature, top_k, top_p, min_p, repetition_penalty)
     try:
         with session_of(model, input_ids, attention_mask, settings, max_new_tokens) as session:
+            if streamer is not None:
+                streamer.put(session.input_ids.cpu())
             return run(session, stopping, max_new_tokens, check_every, streamer)
     except Unserved as reason:
         raise ValueError(f"generate: the call cannot be served: {reason}") from None
@@ -89,9 +91,9 @@ def generate(
 
 @contextmanager
 def session_of(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, settings: Settings, max_new_tokens: int
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, settings: Settings | None, max_new_tokens: int
 ) -> Iterator[Session]:
-    """A session that has drawn its first token. Raises :class:`Unserved`, before anything has changed."""
+    """A session that has gone through the prompts. Raises :class:`Unserved`, before anything has changed."""
     kept = kept_for(model)
     with torch.inference_mode(False), torch.no_grad(), kept.exclusively():
         weights = kept.weights(model)
@@ -107,8 +109,6 @@ def session_of(
 def run(session: Session, stopping: Stopping, max_new_tokens: int, check_every: int, streamer: Any) -> Tensor:
     """Steps until every row has ended; the sequences."""
     looks = bool(stopping.eos) or streamer is not None
-    if streamer is not None:
-        streamer.put(session.input_ids.cpu())
     shown = 0
     while True:
         last = session.drawn == max_new_tokens

@@ -24,7 +24,7 @@ KEPT_STATES = 4
 class Kind(NamedTuple):
     """What tells captured steps of one state apart."""
 
-    active: tuple[str, ...]  # settings of the draw
+    active: tuple[str, ...] | None  # settings of the draw; None leaves the logits and the draw to the caller
     padded: bool
 
 
@@ -39,9 +39,12 @@ class Stepper:
 
     def prepare(self, kind: Kind) -> Callable[[], None]:
         """A function that makes one step. It may run steps itself, so the state is set after it."""
-        if "repetition_penalty" in kind.active and self.state.token_counts is None:
-            shape = (self.state.batch, self.weights.head.weights[0].shape[0])
-            self.state.token_counts = torch.zeros(shape, dtype=torch.int32, device=self.weights.device)
+        shape, device = (self.state.batch, self.weights.head.weights[0].shape[0]), self.weights.device
+        if kind.active is None:
+            if self.state.logits is None:
+                self.state.logits = torch.zeros(shape, dtype=self.weights.dtype, device=device)
+        elif "repetition_penalty" in kind.active and self.state.token_counts is None:
+            self.state.token_counts = torch.zeros(shape, dtype=torch.int32, device=device)
         if self.weights.device.type != "cuda":
             return lambda: self._step(kind)
         graph = self._captured.get(kind)
@@ -50,12 +53,21 @@ class Stepper:
         return graph.replay
 
     def finish(self, kind: Kind, logits: Tensor) -> None:
-        """Draws a token of each row of logits, keeps it, and makes it the next step's input."""
+        """Draws a token of each row of logits and takes it, or leaves that to the caller."""
         state, rows = self.state, logits.shape[0]
+        if kind.active is None:
+            assert state.logits is not None
+            state.logits[:rows].copy_(logits)
+            return
         ids = self.drawing.draw(kind.active, logits, state.step, state.token_counts)
-        state.drawn[:, :rows].index_copy_(0, state.step, ids[None])
         if "repetition_penalty" in kind.active and state.token_counts is not None:
             state.token_counts[:rows].scatter_(1, ids[:, None], 1)
+        self.take(ids)
+
+    def take(self, ids: Tensor) -> None:
+        """Keeps the token drawn for each row, and makes it the next step's input."""
+        state, rows = self.state, ids.shape[0]
+        state.drawn[:, :rows].index_copy_(0, state.step, ids[None])
         state.advance()
         embed(self.weights, ids, out=state.hidden[:rows, 0])
 
@@ -64,7 +76,7 @@ class Stepper:
         self.finish(kind, logits_of(self.weights, normed))
 
     def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph:
-        self.drawing.reserve(kind.active)
+        self.drawing.reserve(kind.active or ())
         self.state.begin(0, None)
         streams: Any = torch.cuda
         side = streams.Stream()
@@ -122,7 +134,10 @@ class Kept:
                 self._steppers.popitem(last=False)
             if on_gpu and self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            stepper = Stepper(weights, batch, capacity_bucket(tokens), self._pool)
+            try:
+                stepper = Stepper(weights, batch, capacity_bucket(tokens), self._pool)
+            except torch.OutOfMemoryError as error:
+                raise Unserved(f"its caches do not fit into memory ({str(error).splitlines()[0]})") from None
         self._steppers[batch] = stepper
         return stepper
 

@@ -45,7 +45,8 @@ class State:
         self.lengths, self.step = self._counters[:batch], self._counters[batch:]
         self.leftpad = torch.zeros(batch, dtype=torch.int64, device=device)
         self.drawn = torch.zeros((capacity, batch), dtype=torch.int64, device=device)
-        self.token_counts: Tensor | None = None
+        self.token_counts: Tensor | None = None  # [batch, vocabulary], where a penalty looks at it
+        self.logits: Tensor | None = None  # [batch, vocabulary], where the caller draws
 
     def begin(self, rows: int, leftpad: Tensor | None) -> None:
         """Rows beyond ``rows`` stand for nobody: empty caches, so that they cost next to nothing."""
