@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gqa_kernels.hf.generation.drawing import Drawing
 from gqa_kernels.hf.generation.state import State, batch_bucket, capacity_bucket
 from gqa_kernels.hf.generation.step import embed, forward, logits_of
+from gqa_kernels.hf.generation.watch import Watch
 from gqa_kernels.hf.generation.weights import ModelWeights, Unserved, read_weights
 
 #: Batch sizes whose buffers are kept; a further one takes the place of the one used longest ago.
@@ -98,6 +99,7 @@ class Kept:
         self._lock = threading.Lock()
         self._weights: ModelWeights | None = None
         self._fingerprint: tuple[object, ...] = ()
+        self._watch: Watch | None = None
         self._steppers: OrderedDict[int, Stepper] = OrderedDict()
         self._pool: Any = None
 
@@ -112,12 +114,15 @@ class Kept:
 
     def weights(self, model: nn.Module) -> ModelWeights:
         """The model's record as it is now; what was captured for other weights is dropped."""
-        record = read_weights(model)
-        fingerprint = record.fingerprint()
-        if self._weights is None or fingerprint != self._fingerprint:
-            self.release()
-            record.pack()
-            self._weights, self._fingerprint = record, fingerprint
+        if self._weights is None or self._watch is None or not self._watch.unchanged(model):
+            record = read_weights(model)
+            fingerprint = record.fingerprint()
+            if fingerprint != self._fingerprint:
+                self.release()
+                record.pack()
+                self._weights, self._fingerprint = record, fingerprint
+            self._watch = Watch(model, record)
+        assert self._weights is not None
         self._weights.refresh()
         return self._weights
 
@@ -142,7 +147,7 @@ class Kept:
         return stepper
 
     def release(self) -> None:
-        self._weights = None
+        self._weights, self._watch, self._fingerprint = None, None, ()
         self._steppers.clear()
         self._pool = None
 

@@ -104,9 +104,11 @@ class ModelWeights:
             torch._foreach_copy_([packed for packed, _ in parts], [bias for _, bias in parts])
 
     def fingerprint(self) -> tuple[Any, ...]:
-        """Where the weights lie. What was captured for one fingerprint is right for another call with the same, for
-        kernels read values anew."""
-        return tuple((tensor.data_ptr(), tensor.shape) for tensor in self.tensors())
+        """Where the weights lie, and what else a captured step has as constants. What was captured for one fingerprint
+        is right for each call with the same: kernels read the values anew."""
+        settings = ((layer.q_heads, layer.kv_heads, layer.scale, layer.window) for layer in self.layers)
+        norms = (norm.eps for layer in self.layers for norm in (layer.input_norm, layer.mlp_norm, self.norm))
+        return (*((tensor.data_ptr(), tensor.shape) for tensor in self.tensors()), *settings, *norms)
 
 
 def read_weights(model: nn.Module) -> ModelWeights:
