@@ -274,7 +274,7 @@ def test_what_is_kept(device: str) -> None:
     assert len(kept._steppers) == graphs.KEPT_STATES
     assert torch.equal(generate(model, **make_prompt(device, [11]), max_new_tokens=8), expected)
     release(model)
-    assert not kept._steppers
+    assert not graphs.kept_for(model)._steppers
     assert torch.equal(generate(model, **make_prompt(device, [11]), max_new_tokens=8), expected)
     gone = weakref.ref(graphs.kept_for(model))
     del model, kept

@@ -103,7 +103,13 @@ def session_of(
         ids = input_ids.to(device=device, dtype=torch.int64)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.autocast(device.type, enabled=False):
-            yield Session(kept, ids, leftpad_of(ids, attention_mask), settings, max_new_tokens)
+            leftpad = leftpad_of(ids, attention_mask)
+            try:
+                session = Session(kept, ids, leftpad, settings, max_new_tokens)
+            except torch.OutOfMemoryError as error:
+                kept.release()
+                raise Unserved(f"its buffers do not fit into memory: {str(error).splitlines()[0]}") from None
+            yield session
 
 
 def run(session: Session, stopping: Stopping, max_new_tokens: int, check_every: int, streamer: Any) -> Tensor:

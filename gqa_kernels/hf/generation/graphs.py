@@ -17,6 +17,7 @@ from gqa_kernels.hf.generation.state import State, batch_bucket, capacity_bucket
 from gqa_kernels.hf.generation.step import embed, forward, logits_of
 from gqa_kernels.hf.generation.watch import Watch
 from gqa_kernels.hf.generation.weights import ModelWeights, Unserved, read_weights
+from gqa_kernels.validation import validating
 
 #: Batch sizes whose buffers are kept; a further one takes the place of the one used longest ago.
 KEPT_STATES = 4
@@ -46,7 +47,7 @@ class Stepper:
                 self.state.logits = torch.zeros(shape, dtype=self.weights.dtype, device=device)
         elif "repetition_penalty" in kind.active and self.state.token_counts is None:
             self.state.token_counts = torch.zeros(shape, dtype=torch.int32, device=device)
-        if self.weights.device.type != "cuda":
+        if device.type != "cuda" or validating():  # which asks the device, as no captured step can
             return lambda: self._step(kind)
         graph = self._captured.get(kind)
         if graph is None:
@@ -102,14 +103,20 @@ class Kept:
         self._watch: Watch | None = None
         self._steppers: OrderedDict[int, Stepper] = OrderedDict()
         self._pool: Any = None
+        self._done: torch.Event | None = None  # on the device, behind the last call
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
+        """One thread at a time, and on the device one call after the other, on whatever streams."""
         if not self._lock.acquire(blocking=False):
             raise Unserved("another generation of this model is running, and its buffers are in use")
         try:
+            if self._done is not None:
+                self._done.wait(torch.cuda.current_stream(self._done.device))
             yield
         finally:
+            if self._done is not None:
+                self._done.record(torch.cuda.current_stream(self._done.device))
             self._lock.release()
 
     def weights(self, model: nn.Module) -> ModelWeights:
@@ -138,11 +145,8 @@ class Kept:
             while len(self._steppers) >= KEPT_STATES:
                 self._steppers.popitem(last=False)
             if on_gpu and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            try:
-                stepper = Stepper(weights, batch, capacity_bucket(tokens), self._pool)
-            except torch.OutOfMemoryError as error:
-                raise Unserved(f"its caches do not fit into memory ({str(error).splitlines()[0]})") from None
+                self._pool, self._done = torch.cuda.graph_pool_handle(), torch.Event(weights.device)
+            stepper = Stepper(weights, batch, capacity_bucket(tokens), self._pool)
         self._steppers[batch] = stepper
         return stepper
 
@@ -161,7 +165,4 @@ def kept_for(model: nn.Module) -> Kept:
 
 def release(model: nn.Module) -> None:
     """Frees the caches and graphs that :func:`generate` keeps for ``model``; its next call makes them anew."""
-    kept = _kept.get(model)
-    if kept is not None:
-        with kept.exclusively():
-            kept.release()
+    _kept.pop(model, None)  # a call that is running keeps its own to its end
