@@ -316,5 +316,26 @@ def _watched_session(model: Any, inputs: dict[str, Tensor], options: dict[str, A
         return session.drawn - 1
 
 
+def test_calls_on_several_streams(gpu: str) -> None:
+    """They share the model's buffers, so that each waits for the one before."""
+    model, prompts = make_llama(gpu), [make_prompt(gpu, [40], seed=seed)["input_ids"] for seed in range(4)]
+    expected = [generate(model, ids, max_new_tokens=40) for ids in prompts]
+    torch.cuda.synchronize()
+    actual = []
+    for ids in prompts:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            actual.append(generate(model, ids, max_new_tokens=40))
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+def test_with_validation(device: str) -> None:
+    """Checks on the host need steps that are not captured."""
+    model, inputs = make_llama(device), make_prompt(device, [11, 4])
+    expected = generate(model, **inputs, max_new_tokens=8)
+    with gqa_kernels.validation():
+        assert torch.equal(generate(model, **inputs, max_new_tokens=8), expected)
+
+
 def test_exported_names() -> None:
     assert gqa_kernels.hf.generate is generate and gqa_kernels.hf.release is release
