@@ -81,6 +81,7 @@ def test_served_calls(device: str, options: dict[str, Any]) -> None:
 def test_families(device: str, family: str, sample: bool) -> None:
     """Of the draws a few: logits that differ in the last bit make another one now and then."""
     model, inputs = shared_model(family, device), make_prompt(device, [11] if sample else [11, 4, 23])
+    gqa_kernels.hf.release(model)  # what other tests left
     tokens = 16 if sample else 64
     expected = generate(model, inputs, do_sample=sample, max_new_tokens=tokens)
     with gqa_kernels.patched(model) as report:

@@ -91,9 +91,9 @@ def _attention(
 def _feed_forward(layer: LayerWeights, normed: Tensor) -> Tensor:
     if layer.gate_up.biases or layer.down.biases:
         return _linear(gqa_kernels.swiglu(_linear(normed, layer.gate_up)), layer.down)
-    return gqa_kernels.swiglu_ffn(normed, *layer.gate_up.weights, *layer.down.weights)
+    return gqa_kernels.swiglu_ffn(normed, *layer.gate_up.weights, *layer.down.weights, static_weights=True)
 
 
+# Nothing writes a weight while a session lasts, so that static_weights holds.
 def _linear(x: Tensor, projection: Projection) -> Tensor:
-    # Nothing writes a weight while a session lasts, so its loads may run ahead of the kernel before.
     return gqa_kernels.linear(x, *projection.weights, bias=projection.bias, static_weights=True)
