@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gqa_kernels.hf.generation.drawing import Drawing
+from gqa_kernels.hf.generation.prefill import Prefill
 from gqa_kernels.hf.generation.state import State, batch_bucket, capacity_bucket
 from gqa_kernels.hf.generation.step import embed, forward, logits_of
 from gqa_kernels.hf.generation.watch import Watch
@@ -37,6 +38,7 @@ class Stepper:
         self.weights, self._pool = weights, pool
         self.state = State(weights, batch, capacity)
         self.drawing = Drawing(batch, weights.device)
+        self.prefill = Prefill(weights, self.state, pool)
         self._captured: dict[Kind, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, kind: Kind) -> Callable[[], None]:

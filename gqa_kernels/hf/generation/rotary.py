@@ -21,9 +21,15 @@ class RotaryTables:
         half = self._angles(1)[0].shape[-1]
         self.cos = torch.zeros((capacity, half), dtype=dtype, device=device)
         self.sin = torch.zeros_like(self.cos)
+        self._filled: tuple[Any, ...] = ()
 
     def fill(self, length: int) -> None:
         """Makes the tables those of a sequence of this length."""
+        frequencies = self.rotary.inv_freq
+        source = (frequencies.data_ptr(), frequencies._version, self.rotary.attention_scaling)
+        changing = switch_of(self.rotary) is not None or dynamic_limit(self.rotary) is not None
+        if source == self._filled and not changing:
+            return
         switch = switch_of(self.rotary)
         beyond = switch is not None and length > switch
         rows = self.capacity if switch is None or beyond else min(self.capacity, switch)
@@ -33,6 +39,7 @@ class RotaryTables:
         cos, sin = self._angles(rows)
         self.cos[:rows].copy_(cos)
         self.sin[:rows].copy_(sin)
+        self._filled = source
 
     def _angles(self, rows: int) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=self.dtype, device=self.device)

@@ -8,7 +8,6 @@ from torch import Tensor
 from gqa_kernels.hf.generation.drawing import Settings
 from gqa_kernels.hf.generation.graphs import Kept, Kind
 from gqa_kernels.hf.generation.rotary import switch_of
-from gqa_kernels.hf.generation.step import prefill
 
 
 class Session:
@@ -63,7 +62,7 @@ class Session:
     def _prefill(self, ids: Tensor) -> None:
         stepper, length = self._stepper, ids.shape[1]
         stepper.state.tables.fill(length)
-        logits = prefill(stepper.weights, stepper.state, ids, padded=self._kind.padded)
+        logits = stepper.prefill(ids, padded=self._kind.padded)
         stepper.state.set_place(self.rows, length - 1, self.drawn)
         stepper.finish(self._kind, logits)
         self.drawn += self._kind.active is not None

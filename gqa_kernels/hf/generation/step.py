@@ -12,8 +12,6 @@ from gqa_kernels.hf.generation.state import State
 from gqa_kernels.hf.generation.weights import LayerWeights, ModelWeights, Projection
 from gqa_kernels.kv_cache import MAX_DECODE_QUERIES
 
-PREFILL_CHUNK = 2048
-
 
 def forward(weights: ModelWeights, state: State, hidden: Tensor, *, padded: bool) -> Tensor:
     """Embeddings ``[rows, tokens, width]`` to normed hidden states of the same shape, appending to the caches of the
@@ -23,7 +21,7 @@ def forward(weights: ModelWeights, state: State, hidden: Tensor, *, padded: bool
     common: dict[str, Any] = {"cache_seqlens": lengths, "cache_leftpad": leftpad}
     rotary: dict[str, Any] = {"rotary_cos": state.tables.cos, "rotary_sin": state.tables.sin}
     positions = None
-    if any(layer.qk_norms for layer in weights.layers):
+    if tokens > MAX_DECODE_QUERIES or any(layer.qk_norms for layer in weights.layers):
         positions = lengths[:, None] + torch.arange(tokens, device=hidden.device)
         if leftpad is not None:
             positions = (positions - leftpad[:, None]).clamp_(min=0)
@@ -47,18 +45,6 @@ def embed(weights: ModelWeights, ids: Tensor, out: Tensor | None = None) -> Tens
     return torch.index_select(weights.embedding, 0, ids, out=out)
 
 
-def prefill(weights: ModelWeights, state: State, ids: Tensor, *, padded: bool) -> Tensor:
-    """A prompt ``[rows, tokens]`` into the caches, in chunks; the logits of its last token."""
-    rows, tokens = ids.shape
-    normed = state.hidden
-    for start in range(0, tokens, PREFILL_CHUNK):
-        chunk = ids[:, start : start + PREFILL_CHUNK]
-        state.set_place(rows, start, 0)
-        hidden = embed(weights, chunk.reshape(-1)).view(*chunk.shape, -1)
-        normed = forward(weights, state, hidden, padded=padded)
-    return logits_of(weights, normed)
-
-
 def _attention(
     layer: LayerWeights,
     normed: Tensor,
@@ -75,6 +61,9 @@ def _attention(
         q, k = gqa_kernels.qk_rmsnorm_rope(
             q, k, q_norm.weight, k_norm.weight, *rotary.values(), eps=q_norm.eps, position_ids=positions
         )
+        rotary = {}
+    elif tokens > MAX_DECODE_QUERIES:  # the fastest kernels of prefill take rotated q and k
+        gqa_kernels.rope_(q, k, *rotary.values(), position_ids=positions)
         rotary = {}
     # A window that no cache of this capacity exceeds is none, and kernels without one are faster.
     keys, values = cache
