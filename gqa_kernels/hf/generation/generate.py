@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from gqa_kernels.hf.generation.drawing import Setting, Settings
 from gqa_kernels.hf.generation.graphs import kept_for
 from gqa_kernels.hf.generation.prompt import check_ids, leftpad_of
+from gqa_kernels.hf.generation.record import Unserved
 from gqa_kernels.hf.generation.rotary import check_length
 from gqa_kernels.hf.generation.session import Session
 from gqa_kernels.hf.generation.stopping import Stopping
-from gqa_kernels.hf.generation.weights import Unserved
 
 
 def generate(

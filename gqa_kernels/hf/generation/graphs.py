@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from gqa_kernels.hf.generation.drawing import Drawing
 from gqa_kernels.hf.generation.prefill import Prefill
+from gqa_kernels.hf.generation.record import ModelWeights, Unserved
 from gqa_kernels.hf.generation.state import State, batch_bucket, capacity_bucket
 from gqa_kernels.hf.generation.step import embed, forward, logits_of
 from gqa_kernels.hf.generation.watch import Watch
-from gqa_kernels.hf.generation.weights import ModelWeights, Unserved, read_weights
+from gqa_kernels.hf.generation.weights import read_weights
 from gqa_kernels.validation import validating
 
 #: Batch sizes whose buffers are kept; a further one takes the place of the one used longest ago.

@@ -14,10 +14,10 @@ from gqa_kernels.hf.cache import unservable
 from gqa_kernels.hf.families import Family
 from gqa_kernels.hf.generation.drawing import Settings
 from gqa_kernels.hf.generation.generate import run, session_of
+from gqa_kernels.hf.generation.record import Unserved
 from gqa_kernels.hf.generation.rotary import switch_of
 from gqa_kernels.hf.generation.session import Session
 from gqa_kernels.hf.generation.stopping import Stopping
-from gqa_kernels.hf.generation.weights import Unserved
 from gqa_kernels.hf.report import PatchReport
 
 CHECK_EVERY = 16

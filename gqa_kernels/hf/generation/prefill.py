@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gqa_kernels.hf.generation.record import ModelWeights
 from gqa_kernels.hf.generation.state import State
 from gqa_kernels.hf.generation.step import embed, forward, logits_of
-from gqa_kernels.hf.generation.weights import ModelWeights
 from gqa_kernels.validation import validating
 
 CHUNK = 2048

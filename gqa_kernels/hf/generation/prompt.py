@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gqa_kernels.hf.generation.weights import Unserved
+from gqa_kernels.hf.generation.record import Unserved
 
 
 def leftpad_of(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gqa_kernels.hf.generation.weights import Unserved
+from gqa_kernels.hf.generation.record import Unserved
 
 
 class RotaryTables:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gqa_kernels.hf.generation.record import ModelWeights
 from gqa_kernels.hf.generation.rotary import RotaryTables
-from gqa_kernels.hf.generation.weights import ModelWeights
 
 SMALLEST_CAPACITY = 256
 LINEAR_CAPACITY = 8192

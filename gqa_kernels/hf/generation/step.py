@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import gqa_kernels
+from gqa_kernels.hf.generation.record import LayerWeights, ModelWeights, Projection
 from gqa_kernels.hf.generation.state import State
-from gqa_kernels.hf.generation.weights import LayerWeights, ModelWeights, Projection
 from gqa_kernels.kv_cache import MAX_DECODE_QUERIES
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gqa_kernels.hf.generation.weights import ModelWeights
+from gqa_kernels.hf.generation.record import ModelWeights
 
 #: Attributes of instances that say how a module computes, beside its parts.
 SETTINGS = ("forward", "training", "scaling", "sliding_window", "variance_epsilon")
