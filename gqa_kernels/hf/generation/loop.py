@@ -33,9 +33,9 @@ MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cac
 def generate_forward(model: Any, report: PatchReport, family: Family, *args: Any, **kwargs: Any) -> Any:
     """``model.generate`` of a patched model."""
     original = partial(type(model).generate, model)
-    if torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in UNSERVED_ARGUMENTS):
-        return original(*args, **kwargs)
-    if len(args) > 2:  # beyond inputs and generation_config
+    given = len(args) > 2 or any(kwargs.get(name) is not None for name in UNSERVED_ARGUMENTS)  # 2: inputs and config
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if given or parallel or torch.compiler.is_compiling():
         return original(*args, **kwargs)
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     named = {name: value for name, value in kwargs.items() if name != "generation_config"}
@@ -101,8 +101,6 @@ def _checked(
         raise Unserved(reason)
     if torch.is_autocast_enabled(input_ids.device.type):
         raise Unserved("autocast is on")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise Unserved("torch.distributed is initialised")
     switch = switch_of(model.model.rotary_emb)
     if switch is not None and input_ids.shape[1] <= switch < min(lengths):
         raise Unserved(f"the sequence may cross longrope's switch at {switch}, where transformers begins a new cache")
