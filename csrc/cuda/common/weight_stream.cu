@@ -80,6 +80,12 @@ struct Loader {
     if (++round == work.rounds) round = 0, ++group, find_rows();
   }
 
+  __device__ void follow(const Loader &other) {
+    group = other.group, round = other.round;
+#pragma unroll
+    for (int i = 0; i < kStreamRows / kStep; ++i) rows[i] = other.rows[i];
+  }
+
   // Past the last output comes nothing.
   __device__ void find_rows() {
     const int outputs = more() ? work.outputs(group) : 0;
@@ -117,9 +123,44 @@ struct Loader {
     const int column = this->column(), bytes = column < p.columns ? 16 : 0;
     for (int token = row; token < p.tokens; token += kStep) {
       const T *from = static_cast<const T *>(p.x) + token * p.x_stride + (bytes == 0 ? 0 : column);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(piece_of(stage, kStreamRows + token, piece)),
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(piece_of(stage, p.rows + token, piece)),
                    "l"(from), "r"(bytes)
                    : "memory");
+    }
+  }
+
+  // The inputs of the next chunks while copies of their weights are under way: by loads, as asynchronous copies would
+  // be waited for together with all of those.
+  template <int kChunks, int kTokens>
+  __device__ void inputs_at_once(uint32_t ring, uint32_t stage_bytes) const {
+    constexpr int kEach = kTokens / kStep;
+    uint4 values[kChunks][kEach] = {};
+    int group = this->group, round = this->round, chunks = 0;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int column = (round * kStreamWarps + warp) * kStreamChunk + 8 * piece;
+      chunks += group < work.groups;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int token = row + i * kStep;
+        const T *from = static_cast<const T *>(p.x) + token * p.x_stride + column;
+        if (column < p.columns && token < p.tokens) values[chunk][i] = __ldcg(reinterpret_cast<const uint4 *>(from));
+      }
+      if (++round == work.rounds) round = 0, ++group;
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int token = row + i * kStep;
+        const uint4 value = values[chunk][i];
+        if (chunk < chunks && token < p.tokens) {
+          asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
+                           piece_of(ring + chunk * stage_bytes, p.rows + token, piece)),
+                       "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                       : "memory");
+        }
+      }
     }
   }
 };
@@ -133,13 +174,13 @@ struct Sums {
 
   // += weights x^T over the columns of a stage.
   template <typename T>
-  __device__ void multiply(uint32_t stage, int tokens) {
+  __device__ void multiply(uint32_t stage, int rows, int tokens) {
     const int lane = threadIdx.x % 32;
     const int token = min(lane % 8 + lane / 16 * 8, tokens - 1);  // columns of sums past the last are never looked at
 #pragma unroll
     for (int k = 0; k < kStreamChunk / 16; ++k) {
       uint32_t a[kTiles][4], b[4];
-      load_matrices(b, piece_of(stage, kStreamRows + token, 2 * k + lane / 8 % 2));
+      load_matrices(b, piece_of(stage, rows + token, 2 * k + lane / 8 % 2));
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) load_matrices(a[t], piece_of(stage, 16 * t + lane % 16, 2 * k + lane / 16));
 #pragma unroll
@@ -176,13 +217,15 @@ struct Sums {
 };
 #endif
 
-template <typename T, bool kGated, int kTokenTiles, int kStages>
+template <typename T, bool kGated, StreamVariant kVariant>
 __global__ void __launch_bounds__(32 * kStreamWarps) weight_stream(const __grid_constant__ WeightStream p) {
 #ifdef GQA_WEIGHT_STREAM_SM90
+  constexpr int kStages = stream_stages(kVariant), kTokens = stream_tokens(kVariant);
+  constexpr int kTokenTiles = kTokens > 8 ? 2 : 1;
   extern __shared__ __align__(128) float shared[];
   const Work<kGated> work(p);
   Loader<T, kGated> loader(p, work);
-  const uint32_t stage_bytes = (kStreamRows + p.tokens) * kRowBytes;
+  const uint32_t stage_bytes = (p.rows + p.tokens) * kRowBytes;
   const uint32_t ring = shared_address(shared) + stream_sums_size(kTokenTiles) + loader.warp * p.ring * stage_bytes;
   // A gated kernel whose weights may not be read early answers for w_down too, which the kernel after it reads early:
   // it lets that one start when everything before has ended.
@@ -191,20 +234,28 @@ __global__ void __launch_bounds__(32 * kStreamWarps) weight_stream(const __grid_
   if (p.early) {
     Loader<T, kGated> ahead = loader;
 #pragma unroll 1
-    for (int stage = 0; stage < kStages - 1 && ahead.more(); ++stage, ahead.advance()) {
-      ahead.weights(ring + stage * stage_bytes);
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (ahead.more()) {
+        ahead.weights(ring + stage * stage_bytes);
+        ahead.advance();
+      }
+      commit();
     }
-  }
-  wait_for_prerequisites();
-  if (answers) launch_dependents();
+    wait_for_prerequisites();
+    loader.template inputs_at_once<kStages - 1, kTokens>(ring, stage_bytes);
+    loader.follow(ahead);
+  } else {
+    wait_for_prerequisites();
+    if (answers) launch_dependents();
 #pragma unroll 1
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    if (loader.more()) {
-      if (!p.early) loader.weights(ring + stage * stage_bytes);
-      loader.inputs(ring + stage * stage_bytes);
-      loader.advance();
+    for (int stage = 0; stage < kStages - 1; ++stage) {
+      if (loader.more()) {
+        loader.weights(ring + stage * stage_bytes);
+        loader.inputs(ring + stage * stage_bytes);
+        loader.advance();
+      }
+      commit();
     }
-    commit();
   }
   Sums<kTokenTiles> sums;
   int stage = 0, free = kStages - 1;  // the one to multiply next, and the one that was multiplied last
@@ -218,7 +269,7 @@ __global__ void __launch_bounds__(32 * kStreamWarps) weight_stream(const __grid_
         loader.advance();
       }
       commit();
-      sums.template multiply<T>(ring + stage * stage_bytes, p.tokens);
+      sums.template multiply<T>(ring + stage * stage_bytes, p.rows, p.tokens);
       __syncwarp();
       free = stage;
       stage = stage + 1 == kStages ? 0 : stage + 1;
@@ -246,16 +297,19 @@ __global__ void __launch_bounds__(32 * kStreamWarps) weight_stream(const __grid_
 
 template <typename T, bool kGated>
 gqa_status launch_for(const gqa_launch &plan, const WeightStream &p, cudaStream_t stream) {
-  auto *kernel = plan.variant == kStreamFour    ? weight_stream<T, kGated, 1, stream_stages(kStreamFour)>
-                 : plan.variant == kStreamEight ? weight_stream<T, kGated, 1, stream_stages(kStreamEight)>
-                                                : weight_stream<T, kGated, 2, stream_stages(kStreamSixteen)>;
+  auto *kernel = plan.variant == kStreamFour    ? weight_stream<T, kGated, kStreamFour>
+                 : plan.variant == kStreamEight ? weight_stream<T, kGated, kStreamEight>
+                                                : weight_stream<T, kGated, kStreamSixteen>;
   return launch_programmatic(kernel, plan, stream, p);
 }
 
 }  // namespace
 
 gqa_status launch_weight_stream(const gqa_launch &plan, int32_t dtype, WeightStream p, cudaStream_t stream) {
-  p.ring = static_cast<int32_t>(stream_ring_of(p.tokens, plan.shared_memory));
+  gqa_device device;
+  GQA_RETURN_IF_ERROR(current_device(&device));
+  p.rows = static_cast<int32_t>(stream_rows(p.gated, p.features, device.num_sms));
+  p.ring = static_cast<int32_t>(stream_ring(p.gated, p.tokens, p.features, p.columns, device.num_sms));
   if (dtype == GQA_DTYPE_BFLOAT16) {
     return p.gated ? launch_for<__nv_bfloat16, true>(plan, p, stream)
                    : launch_for<__nv_bfloat16, false>(plan, p, stream);

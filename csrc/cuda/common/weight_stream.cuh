@@ -16,7 +16,7 @@ struct WeightStream {
   int64_t out_stride;
   int32_t ends[2];  // outputs of the first matrix, and of the first two: features where there are no more
   int32_t features, columns, tokens;
-  int32_t ring;  // stages of a warp: the launch sets it
+  int32_t rows, ring;  // of weights in a stage, and stages of a warp: the launch sets them
   bool gated;    // out = swiglu of the products with weights[0] and weights[1]
   bool early;    // the weights may be read before the kernel before has ended
 };
