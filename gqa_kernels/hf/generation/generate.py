@@ -15,7 +15,10 @@ from gqa_kernels.hf.generation.prompt import check_ids, leftpad_of
 from gqa_kernels.hf.generation.record import Unserved
 from gqa_kernels.hf.generation.rotary import check_length
 from gqa_kernels.hf.generation.session import Session
-from gqa_kernels.hf.generation.stopping import Stopping
+from gqa_kernels.hf.generation.stopping import Ends, Stopping
+
+#: Steps between a look at the tokens and the reading of what it saw, so that the device has work meanwhile.
+LAG = 2
 
 
 def generate(
@@ -114,21 +117,31 @@ def session_of(
 
 def run(session: Session, stopping: Stopping, max_new_tokens: int, check_every: int, streamer: Any) -> Tensor:
     """Steps until every row has ended; the sequences."""
-    looks = bool(stopping.eos) or streamer is not None
+    if streamer is not None:
+        _stream(session, stopping, max_new_tokens, check_every, streamer)
+    else:
+        ends = Ends(stopping, session.input_ids) if stopping.eos else None
+        lag = min(LAG, check_every - 1)
+        while session.drawn < max_new_tokens:
+            if ends is not None and session.drawn % check_every == 0:
+                ends.look(session.tokens(session.drawn - check_every))
+            if ends is not None and session.drawn % check_every == lag and ends.all_ended():
+                break
+            session.step()
+    return torch.cat([session.input_ids, stopping.cut(session.tokens())[0]], dim=1)
+
+
+def _stream(session: Session, stopping: Stopping, max_new_tokens: int, check_every: int, streamer: Any) -> None:
+    """Steps until every row has ended, with tokens to the streamer at the first and at each look."""
     shown = 0
     while True:
         last = session.drawn == max_new_tokens
-        if looks and (last or session.drawn % check_every == 0 or (streamer is not None and session.drawn == 1)):
-            tokens, ended = stopping.look(session.tokens())
-            if streamer is not None:
-                for column in tokens[:, shown:].cpu().unbind(1):
-                    streamer.put(column)
-                shown = tokens.shape[1]
-            last = last or ended
+        if last or session.drawn == 1 or session.drawn % check_every == 0:
+            tokens, ended = stopping.cut(session.tokens())
+            for column in tokens[:, shown:].cpu().unbind(1):
+                streamer.put(column)
+            shown, last = tokens.shape[1], last or ended
         if last:
             break
         session.step()
-    if streamer is not None:
-        streamer.end()
-    tokens, _ = stopping.look(session.tokens())
-    return torch.cat([session.input_ids, tokens], dim=1)
+    streamer.end()

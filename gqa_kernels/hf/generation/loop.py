@@ -123,7 +123,7 @@ def _run(
             random.keep()
         last = session.drawn == new_tokens
         if streamer is not None or (stopping.eos and (last or session.drawn % every == 0)):
-            tokens, ended = stopping.look(session.tokens())
+            tokens, ended = stopping.cut(session.tokens())
             if streamer is not None:
                 streamer.put(tokens[:, -1].cpu())
             if ended and random is not None:
@@ -134,7 +134,7 @@ def _run(
         session.step()
     if streamer is not None:
         streamer.end()
-    return torch.cat([session.input_ids, stopping.look(session.tokens())[0]], dim=1)
+    return torch.cat([session.input_ids, stopping.cut(session.tokens())[0]], dim=1)
 
 
 class RandomStates:
