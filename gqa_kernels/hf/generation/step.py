@@ -12,6 +12,9 @@ from gqa_kernels.hf.generation.record import LayerWeights, ModelWeights, Project
 from gqa_kernels.hf.generation.state import State
 from gqa_kernels.kv_cache import MAX_DECODE_QUERIES
 
+#: The most tokens that linear() takes in one kernel; beyond, outputs side by side are a copy more.
+STREAMED_TOKENS = 16
+
 
 def forward(weights: ModelWeights, state: State, hidden: Tensor, *, padded: bool) -> Tensor:
     """Embeddings ``[rows, tokens, width]`` to normed hidden states of the same shape, appending to the caches of the
@@ -54,8 +57,7 @@ def _attention(
     positions: Tensor | None,
 ) -> Tensor:
     rows, tokens = normed.shape[:2]
-    qkv = _linear(normed, layer.qkv).view(rows, tokens, -1, layer.head_dim)
-    q, k, v = torch.split(qkv, [layer.q_heads, layer.kv_heads, layer.kv_heads], dim=2)
+    q, k, v = _project(layer, normed)
     if layer.qk_norms is not None:
         q_norm, k_norm = layer.qk_norms
         q, k = gqa_kernels.qk_rmsnorm_rope(
@@ -75,6 +77,18 @@ def _attention(
     else:
         out = gqa_kernels.gqa_attention_prefill(q, k, v, keys, values, **options)
     return _linear(out.view(rows, tokens, -1), layer.o)
+
+
+def _project(layer: LayerWeights, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v ``[rows, tokens, heads, head_dim]``."""
+    shape = (*normed.shape[:2], -1, layer.head_dim)
+    if len(layer.qkv.weights) == 3 and normed.shape[0] * normed.shape[1] > STREAMED_TOKENS:
+        biases = layer.qkv.biases or (None, None, None)
+        q, k, v = (gqa_kernels.linear(normed, w, bias=b).view(shape) for w, b in zip(layer.qkv.weights, biases))
+        return q, k, v
+    qkv = _linear(normed, layer.qkv).view(shape)
+    q, k, v = torch.split(qkv, [layer.q_heads, layer.kv_heads, layer.kv_heads], dim=2)
+    return q, k, v
 
 
 def _feed_forward(layer: LayerWeights, normed: Tensor) -> Tensor:
