@@ -90,9 +90,9 @@ def test_families(device: str, family: str, sample: bool) -> None:
     assert torch.equal(actual[0], expected[0])
 
 
-OWN_LOOP: dict[str, tuple[dict[str, Any], str | None]] = {
-    "beams": ({"num_beams": 3}, None),
-    "assisted": ({"prompt_lookup_num_tokens": 3}, None),
+OWN_LOOP: dict[str, tuple[dict[str, Any], str]] = {
+    "beams": ({"num_beams": 3}, "its mode is beam_search"),
+    "assisted": ({"prompt_lookup_num_tokens": 3}, "its mode is assisted_generation"),
     "scores": ({"return_dict_in_generate": True, "output_scores": True}, "return_dict_in_generate is set"),
     "no cache": ({"use_cache": False}, "use_cache is False"),
     "criteria": ({"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(60.0)])}, "it stops by MaxTimeCriteria"),
@@ -102,7 +102,7 @@ OWN_LOOP: dict[str, tuple[dict[str, Any], str | None]] = {
 
 @pytest.mark.parametrize(("options", "reason"), OWN_LOOP.values(), ids=OWN_LOOP)
 def test_calls_of_transformers_own_loop(
-    device: str, options: dict[str, Any], reason: str | None, caplog: pytest.LogCaptureFixture
+    device: str, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, inputs = make_llama(device), make_prompt(device, [12])
     expected, _ = generate(model, inputs, **options)
@@ -110,15 +110,14 @@ def test_calls_of_transformers_own_loop(
         for _ in range(2):
             actual, _ = generate(model, inputs, **options)
         assert steps_of(model) == 0 and not report.fallbacks
-    assert report.own_loops == ([reason] if reason else [])
-    assert [record.message for record in caplog.records] == (
-        [f"generate() of LlamaForCausalLM takes transformers' own loop: {reason}"] if reason else []
-    )
+    assert report.own_loops == [reason]
+    logged = [record.message for record in caplog.records]
+    assert logged == [f"generate() of LlamaForCausalLM takes transformers' own loop: {reason}"]
     if isinstance(expected, Tensor):
         assert torch.equal(actual, expected)
     else:
         assert torch.equal(actual.sequences, expected.sequences) and len(actual.scores) == 24
-    assert reason is None or reason in str(report)
+    assert reason in str(report)
 
 
 def test_inputs_of_transformers_own_loop(device: str) -> None:
@@ -134,11 +133,14 @@ def test_inputs_of_transformers_own_loop(device: str) -> None:
     expected = calls()
     with gqa_kernels.patched(model) as report:
         assert all(torch.equal(a, b) for a, b in zip(calls(), expected))
-        assert report.own_loops == ["a row of the attention mask is not left padding and then ones to its end"]
+        assert report.own_loops[1:] == [
+            "a row of the attention mask is not left padding and then ones to its end",
+            "inputs_embeds is given",
+        ]
         linear = model.model.layers[0].mlp.up_proj
         handle = linear.register_forward_hook(lambda module, args, output: output * 0.5)
         hooked = generate(model, inputs)[0]
-        assert report.own_loops[1:] == ["model.layers.0.mlp.up_proj has hooks"]
+        assert report.own_loops[3:] == ["model.layers.0.mlp.up_proj has hooks"]
         handle.remove()
         assert not torch.equal(generate(model, inputs)[0], hooked) and steps_of(model) == 1
     crossing, prompt = make_model("phi3", device, **longrope(96, switch=24)), make_prompt(device, [20])

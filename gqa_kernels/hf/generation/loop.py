@@ -33,14 +33,17 @@ MODEL_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cac
 def generate_forward(model: Any, report: PatchReport, family: Family, *args: Any, **kwargs: Any) -> Any:
     """``model.generate`` of a patched model."""
     original = partial(type(model).generate, model)
-    given = len(args) > 2 or any(kwargs.get(name) is not None for name in UNSERVED_ARGUMENTS)  # 2: inputs and config
-    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if given or parallel or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return original(*args, **kwargs)
+    given = [name for name in UNSERVED_ARGUMENTS if kwargs.get(name) is not None]
+    if given or len(args) > 2:  # inputs and config
+        report.note_generation(f"{given[0]} is given" if given else f"{len(args)} arguments are given by position")
         return original(*args, **kwargs)
     config = args[1] if len(args) > 1 else kwargs.get("generation_config")
     named = {name: value for name, value in kwargs.items() if name != "generation_config"}
     mode = model._prepare_generation_config(config, **named)[0].get_generation_mode(kwargs.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        report.note_generation(f"its mode is {mode.value}")
         return original(*args, **kwargs)
     return original(*args, **kwargs, custom_generate=partial(_loop, report, kwargs.get("streamer")))
 
