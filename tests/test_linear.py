@@ -200,7 +200,7 @@ def test_a_small_matrix_asks_for_little_shared_memory() -> None:
         return int(plan.launches[0]["shared_memory"])
 
     sums, stages, row = 4 * 8 * 32 * 9, 8 * 33 * 128, 128
-    assert shared(896, 512) == sums + (8 * 9 + 24) * row and shared(896, 896) == sums + (2 * 8 * 9 + 24) * row
+    assert shared(896, 512) == sums + 8 * 9 * row and shared(896, 896) == sums + 2 * 8 * 9 * row
     assert shared(4096, 4096) == sums + 6 * stages == shared(128256, 4096)
 
 

@@ -53,10 +53,8 @@ constexpr int64_t stream_ring(bool gated, int64_t tokens, int64_t features, int6
   return std::min<int64_t>(stream_stages(stream_variant(tokens)), groups * rounds);
 }
 
-// The last stage is followed by as much as makes its rows kStreamRows: tiles are read whole.
 constexpr int64_t stream_shared_memory(int64_t tokens, int64_t rows, int64_t ring) {
-  const int64_t row = 2 * kStreamChunk;
-  return stream_sums_size(tokens > 8 ? 2 : 1) + (kStreamWarps * ring * (rows + tokens) + kStreamRows - rows) * row;
+  return stream_sums_size(tokens > 8 ? 2 : 1) + kStreamWarps * ring * (rows + tokens) * 2 * kStreamChunk;
 }
 
 inline gqa_launch stream_launch(const char *op, const char *kernel, int32_t dtype, bool gated, int64_t tokens,

@@ -182,7 +182,10 @@ struct Sums {
       uint32_t a[kTiles][4], b[4];
       load_matrices(b, piece_of(stage, rows + token, 2 * k + lane / 8 % 2));
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) load_matrices(a[t], piece_of(stage, 16 * t + lane % 16, 2 * k + lane / 16));
+      for (int t = 0; t < kTiles; ++t) {
+        const int row = min(16 * t + lane % 16, rows - 1);  // sums of rows past the last are never looked at
+        load_matrices(a[t], piece_of(stage, row, 2 * k + lane / 16));
+      }
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
