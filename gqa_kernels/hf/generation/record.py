@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class ModelWeights:
     norm: Norm
     head: Projection
     rotary: Any  # the model's own rotary embedding
+    _copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -91,12 +92,12 @@ class ModelWeights:
     def pack(self) -> None:
         for projection in self.projections():
             projection.pack()
+            self._copied.extend(projection.parts())
 
     def refresh(self) -> None:
         """Copies the biases that had to be packed, the only weights that are not read where they are."""
-        parts = [part for projection in self.projections() for part in projection.parts()]
-        if parts:
-            torch._foreach_copy_([packed for packed, _ in parts], [bias for _, bias in parts])
+        if self._copied:
+            torch._foreach_copy_([packed for packed, _ in self._copied], [bias for _, bias in self._copied])
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Where the weights lie, and what else a captured step has as constants. What was captured for one fingerprint

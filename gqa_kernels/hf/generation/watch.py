@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gqa_kernels.hf.generation.record import ModelWeights
 
 #: Attributes of instances that say how a module computes, beside its parts.
-SETTINGS = ("forward", "training", "scaling", "sliding_window", "variance_epsilon")
+SETTINGS = ("scaling", "sliding_window", "variance_epsilon")
 
 
 class Watch:
@@ -19,6 +19,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, record: ModelWeights) -> None:
         self._attributes = [module.__dict__ for module in model.modules() if module is not model]
+        self._named = [(own, name) for own in self._attributes for name in SETTINGS if name in own]
         self._parts, self._settings = self._look(model)
         self._tensors = list(record.tensors())
         self._places = [*map(Tensor.data_ptr, self._tensors)]
@@ -34,7 +35,8 @@ class Watch:
         return same and [*map(Tensor.data_ptr, self._tensors)] == self._places
 
     def _look(self, model: nn.Module) -> tuple[list[Any], list[Any]]:
-        """Children and parameters of every module in order, and their settings."""
+        """Children and parameters of every module in order; the forwards of instances, and other settings."""
         modules = [model.__dict__, *self._attributes]
         parts = chain.from_iterable((*own["_modules"].values(), *own["_parameters"].values()) for own in modules)
-        return list(parts), [own.get(name) for own in modules for name in SETTINGS]
+        settings = [own.get("forward") for own in modules] + [own.get(name) for own, name in self._named]
+        return list(parts), [model.training, *settings]
