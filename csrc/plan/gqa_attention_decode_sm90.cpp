@@ -9,14 +9,13 @@
 namespace gqa {
 namespace {
 
-constexpr int64_t kTile = 16;        // keys
 constexpr int64_t kMaxRows = 16;     // query tokens times heads of the group
 constexpr int64_t kMaxGrid = 65535;  // in y and z
 constexpr int64_t kMaxInt = 0x7fffffff - 64;
-constexpr int32_t kMinSms = 100;          // a cluster has to fit one of the device's groups of SMs
-constexpr int64_t kLongCapacity = 32768;  // keys from which more, smaller blocks are faster
-constexpr int64_t kManyLong = 4096;       // the same with many sequences
-constexpr int64_t kShare = 131072;        // elements of K of a block, from which on further blocks share them
+constexpr int32_t kMinSms = 100;         // a cluster has to fit one of the device's groups of SMs
+constexpr int64_t kLongCapacity = 4096;  // keys from which fewer warps with more keys at a time are faster
+constexpr int64_t kManyLong = 4096;      // the same with many sequences
+constexpr int64_t kShare = 131072;       // elements of K of a block, from which on further blocks share them
 constexpr int64_t kInvariantBlocks = 8;
 
 std::atomic<int32_t> kernel_override{0};
@@ -59,9 +58,10 @@ int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t 
   if (p->head_dim != 128 || row_tiles != 1) return shape;
   if (p->batch_invariant) return shape + 1;
   // One large block an SM where that makes one wave of clusters of 8, or many short waves; else three small ones.
-  const bool one_wave = 24 * pairs(p) >= device->num_sms && 16 * pairs(p) <= device->num_sms && keys < kLongCapacity;
+  const bool one_wave = 24 * pairs(p) >= device->num_sms && 16 * pairs(p) <= device->num_sms;
+  if (one_wave) return keys < kLongCapacity ? shape : shape + 2;
   const bool many_waves = pairs(p) > 2 * device->num_sms && keys < kManyLong;
-  return one_wave || many_waves ? shape : shape + 1;
+  return many_waves ? shape : shape + 1;
 }
 
 // Blocks for a (sequence, KV head): the most that find room at once. Sequences of a batch may differ in length, so that
@@ -81,7 +81,7 @@ int64_t find_cluster(const gqa_attention_params *p, const gqa_device *device, co
     while (2 * grown <= most && 2 * grown * share <= keys) grown *= 2;
     if (grown > 4 || shape.resident == 2) cluster = grown;
   }
-  const int64_t useful = std::max<int64_t>(1, ceil_div(keys, kTile) / shape.warps);
+  const int64_t useful = std::max<int64_t>(1, ceil_div<int64_t>(keys, shape.tile) / shape.warps);
   while (cluster > useful) cluster /= 2;
   return cluster;
 }
@@ -126,8 +126,8 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
                p->cache_leftpad.data == nullptr && (p->window_left < 0 || p->window_left >= p->cache_capacity) &&
                p->softcap == 0;
   const int64_t slots = ceil_div<int64_t>(query_rows(p) * (shape.dim / 32), cluster);
-  plan.shared_memory =
-      decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.row_tiles) + slots * cluster * kDecodeUnitBytes;
+  plan.shared_memory = decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.tile, shape.row_tiles) +
+                       slots * cluster * kDecodeUnitBytes;
   return plan;
 }
 

@@ -75,7 +75,7 @@ inline Args make_args(const gqa_attention_params &p, const DecodePlan &plan) {
   if (p.block_table.data != nullptr) {
     set_page_size(static_cast<uint32_t>(p.page_size), &a);
     a.num_pages = static_cast<int32_t>(p.num_pages);
-    a.paged_tiles = p.page_size % 16 == 0;
+    a.paged_tiles = p.page_size % kDecodeShapes[plan.shape].tile == 0;
   } else {
     set_page_size(1u << 31, &a);  // one page holds every row
   }

@@ -9,7 +9,7 @@ namespace gqa::cuda::decode_sm90 {
 template <typename T, int kShape, DecodeCache kCache, bool kPlain>
 gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   constexpr DecodeShape kIs = kDecodeShapes[kShape];
-  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.row_tiles, kCache, kPlain>;
+  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.tile, kIs.row_tiles, kCache, kPlain>;
   constexpr auto kKernel = &decode_ring<C, kIs.resident>;
   const auto *function = reinterpret_cast<const void *>(kKernel);
   log_launch(plan);
