@@ -84,13 +84,16 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   const uint32_t shared_base = shared_address(shared);
   Block<C> t;
   t.find_lane();
-  t.rank = cluster_rank(), t.blocks_log = 31 - __clz(cluster_size());
   t.head = blockIdx.y, t.b = blockIdx.z;
+  t.blocks_log = 31 - __clz(cluster_size());
+  t.find_rank(p);
   const bool shares = t.blocks_log > 0, early = C::kPlain && p.early;
   char *ring = shared + t.warp * C::kWarpBytes;
   wait_for_prerequisites();
   Length length, padding;
   length.load(p.cache_seqlens, t.b, t.lane * p.zero);
+  Length others{};  // of sequence `lane`
+  if (p.fair > 0) others.load(p.cache_seqlens, min(t.lane, p.batch - 1), 0);
   if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
   t.find_heads(p);
   const Loader<C> loader(p, t);
@@ -117,7 +120,8 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   }
   const Output output(p, t);
 
-  bool valid = divide(p, length.value(), C::kPlain ? 0 : padding.value(), &t);
+  const int share = find_share(p, t, others);
+  bool valid = divide(p, length.value(), C::kPlain ? 0 : padding.value(), share, &t);
   valid = __shfl_sync(~0u, valid, 0);
   t.make_uniform();
   if (t.rank >= t.blocks()) {  // too short a sequence to be shared out as far as here

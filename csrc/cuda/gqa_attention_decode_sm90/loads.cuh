@@ -62,7 +62,8 @@ template <typename C>
 struct Loader {
   static constexpr int kPeriod = 32 % C::kChunks == 0 ? 1 : 3;
   static constexpr int kPeriodRows = 32 * kPeriod / C::kChunks, kRepeats = C::kTile / kPeriodRows;
-  static_assert(kPeriodRows * C::kChunks == 32 * kPeriod && kRepeats * kPeriodRows == C::kTile);
+  static_assert(kPeriodRows * C::kChunks == 32 * kPeriod && kRepeats * kPeriodRows == C::kTile &&
+                16 % kPeriodRows == 0);
 
   int row[kPeriod], chunk[kPeriod];
   uint32_t to[kPeriod];
@@ -102,20 +103,27 @@ struct Loader {
     const auto bytes = [&](int at) { return at - skipped < seen ? 16u : 0u; };
     const char *nan = reinterpret_cast<const char *>(__cvta_generic_to_global(&nan_chunk));
     if (C::kAligned && (!C::kPaged || p.paged_tiles)) {
-      int64_t k_page = 0, v_page = 0;
-      int in_page = first;
-      if constexpr (C::kPaged) {
-        k_page = place.page * p.k_outer, v_page = place.page * p.v_outer;
-        in_page = first - Place<C>::page_of(p, first) * p.page_size;
-      }
-      const char *k_tile[kPeriod], *v_tile[kPeriod];
+      int pages[C::kSteps];  // of 16 rows each
+      const char *k_rows[C::kSteps][kPeriod], *v_rows[C::kSteps][kPeriod];
 #pragma unroll
-      for (int i = 0; i < kPeriod; ++i) {
-        k_tile[i] = row_at(k[i] + k_page, in_page, k_row), v_tile[i] = row_at(v[i] + v_page, in_page, v_row);
+      for (int step = 0; step < C::kSteps; ++step) {
+        int page = 0, row_in_page = first + 16 * step;
+        if constexpr (C::kPaged) {
+          page = C::kSteps == 1 ? place.page : __shfl_sync(~0u, place.page, 16 * step);
+          row_in_page -= Place<C>::page_of(p, row_in_page) * p.page_size;
+        }
+        pages[step] = page;
+#pragma unroll
+        for (int i = 0; i < kPeriod; ++i) {
+          k_rows[step][i] = row_at(k[i] + (C::kPaged ? page * p.k_outer : 0), row_in_page, k_row);
+          v_rows[step][i] = row_at(v[i] + (C::kPaged ? page * p.v_outer : 0), row_in_page, v_row);
+        }
       }
       for_each(stage, [&](int i, int ahead, uint32_t to_address) {
-        const char *k_from = row_at(k_tile[i], ahead, k_row), *v_from = row_at(v_tile[i], ahead, v_row);
-        if (C::kPaged && place.page < 0) k_from = v_from = nan;
+        const int step = ahead / 16;
+        const char *k_from = row_at(k_rows[step][i], ahead % 16, k_row);
+        const char *v_from = row_at(v_rows[step][i], ahead % 16, v_row);
+        if (C::kPaged && pages[step] < 0) k_from = v_from = nan;
         copy_async16(to_address, k_from, bytes(row[i] + ahead));
         copy_async16(to_address + C::kTileBytes, v_from, bytes(row[i] + ahead));
       });
