@@ -15,7 +15,7 @@ struct DecodeShape {
 
 constexpr int kDecodeShapeCount = 14;
 constexpr DecodeShape kDecodeShapes[kDecodeShapeCount] = {
-    {2, 64, 8, 3, 16, 1, 2},  {2, 96, 8, 4, 16, 1, 1},  {2, 128, 8, 3, 16, 1, 1}, {2, 128, 4, 2, 16, 1, 3},
+    {2, 64, 4, 3, 32, 1, 2},  {2, 96, 8, 4, 16, 1, 1},  {2, 128, 8, 2, 16, 1, 1}, {2, 128, 4, 2, 16, 1, 3},
     {2, 256, 3, 2, 16, 1, 2}, {2, 64, 8, 3, 16, 2, 2},  {2, 128, 4, 3, 16, 2, 2}, {1, 64, 8, 3, 32, 1, 2},
     {1, 96, 8, 4, 32, 1, 1},  {1, 128, 8, 3, 16, 1, 2}, {1, 128, 4, 2, 32, 1, 3}, {1, 256, 4, 2, 16, 1, 3},
     {1, 64, 4, 4, 32, 2, 3},  {1, 128, 4, 3, 32, 2, 2},
@@ -35,7 +35,9 @@ constexpr int decode_fixed_memory(int bytes, int dim, int warps, int stages, int
 struct DecodePlan {
   int shape;        // index into kDecodeShapes
   int32_t cluster;  // blocks that share the keys of a sequence and KV head, at most
-  int32_t share;    // tiles of 16 keys that a block gets before a sequence is shared out among more
+  int32_t share;    // tiles that a block gets before a sequence is shared out among more
+  float fair;       // the same as a part of the tiles of all sequences, 0 where those do not count
+  bool balanced;    // clusters go where there is most room
   DecodeCache cache;
   bool plain;  // the instance without new keys, rotation, window, padding, softcap and further query tokens
   int64_t shared_memory;

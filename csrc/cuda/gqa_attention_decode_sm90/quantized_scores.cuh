@@ -67,16 +67,16 @@ struct QuantizedSums : Sums<C> {
     }
   }
 
-  using Weights = uint32_t[C::kSteps][C::kRowTiles][2];
+  using typename Sums<C>::Weights;
 
-  // As Sums::score. `checks_pages`: keys of bad pages may be among them.
-  template <typename Release>
+  // Weights of the tile of keys `key` ... below `end`, as operands; sums so far are scaled to the new base.
+  // `checks_pages`: keys of bad pages may be among them.
   __device__ void score(const Args &p, const Block<C> &t, const Queries<C> &queries, uint32_t tile, int key, int end,
-                        bool checks_pages, Weights &weights, Release &&release) {
+                        bool checks_pages, Weights &weights) {
     float s[C::kSteps][C::kRowTiles][4] = {};
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
-      const uint32_t at = tile + step * 16 * C::kRowBytes + lane_offset<C>(t.lane % 16, t.lane / 16);
+      const uint32_t at = tile + step * 16 * C::kRowBytes + t.key_offset;
       const auto multiply = [&](int d, const uint32_t(&k)[4]) {
 #pragma unroll
         for (int n = 0; n < C::kRowTiles; ++n) {
@@ -89,7 +89,6 @@ struct QuantizedSums : Sums<C> {
         each_key_operand<false>(at, multiply);
       }
     }
-    release();
     const int page = C::kPaged && checks_pages ? find_page(p, t, key, end) : 0;
     const bool edge = this->is_edge(p, t, key, end);
 #pragma unroll
@@ -113,8 +112,7 @@ struct QuantizedSums : Sums<C> {
     const bool mixed = !C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && this->is_edge(p, t, key, end);
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
-      const uint32_t at =
-          tile + step * 16 * C::kRowBytes + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
+      const uint32_t at = tile + step * 16 * C::kRowBytes + t.value_offset;
       if (mixed) {
         add_edge(p, t, at, key + 16 * step, end, weights[step]);
         continue;
