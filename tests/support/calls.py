@@ -172,6 +172,16 @@ def _ffn(rng: random.Random, device: str) -> Call:
     return (make(tokens, hidden), *weights, make(out, intermediate) / 8), {}
 
 
+def _linear(rng: random.Random, device: str) -> Call:
+    """Of few tokens mostly, as the streaming kernel wants them."""
+    make, tokens = _maker(rng, device), rng.choice([1, 2, 8, 16, 30])
+    inside, outs = rng.choice([(64, (176,)), (8, (8, 8, 3)), (264, (520, 40)), (33, (50, 17))])
+    options: dict[str, Any] = {"bias": make(sum(outs))} if rng.random() < 0.5 else {}
+    if rng.random() < 0.5:
+        options["static_weights"] = True
+    return (make(tokens, inside), *(make(out, inside) / 8 for out in outs)), options
+
+
 def _sample(rng: random.Random, device: str) -> Call:
     make, rows, vocab = _maker(rng, device), rng.randrange(1, 6), rng.choice([5, 1000, 32000])
     options: dict[str, Any] = {"seed": rng.randrange(100)}
@@ -201,6 +211,7 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
     "gqa_attention_decode": _decode,
     "gqa_attention_prefill": _prefill,
     "kv_cache_append": _append,
+    "linear": _linear,
     "merge_attention_states": _merge,
     "qk_rmsnorm_rope": _norm_rope,
     "residual_add": _pair,
