@@ -102,6 +102,19 @@ def test_p1_lengths_about_powers_of_two(guard: Guard, dtype: torch.dtype, page_s
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_p1_long_caches_of_a_batch(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
+    """All lengths together say how many blocks take part in one sequence: alike, or one long among short ones."""
+    on_gpu = guard.device == "cuda"
+    long = 8150 if on_gpu else 300
+    for new, cached in ((0, [long // 2] * 3), (1, [5, long, 777]), (0, [long, 5, 777, 0, *range(35)])):
+        case = make_case([(1, n, new) for n in cached], dtype=dtype, heads=(2, 1), head_dim=head_dim)
+        for page_size in (None, 16):
+            cache = build_cache(case, guard, page_size=page_size, capacity=8192 if on_gpu else None, fill=math.nan)
+            case.check(run_cached(case, guard, cache, decode=True), f"{len(cached)} sequences, pages of {page_size}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_p11_any_cache_at_every_share(device: str, dtype: torch.dtype, head_dim: int) -> None:
     """From one sequence to many, from few blocks a sequence to many: in pages or misaligned, the same bytes."""

@@ -23,7 +23,7 @@ struct Args {
   int32_t units;           // of 32 dimensions of a query row
   int32_t share;           // tiles of keys below which a sequence is not shared out among twice the blocks
   int32_t early;           // load ahead of the length
-  int32_t batch, turns;
+  int32_t batch;
   float
       fair;  // part of the tiles of all sequences below which one is not shared out either; 0 if they are not looked at
   float scale, softcap;  // scale: of log2 units, or before the softcap
@@ -78,7 +78,6 @@ inline Args make_args(const gqa_attention_params &p, const DecodePlan &plan) {
   a.early = p.batch == 1;
   a.batch = static_cast<int32_t>(p.batch);
   a.fair = plan.fair;
-  a.turns = plan.fair > 0;
   a.scale = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;
   a.softcap = p.softcap;
   a.cache_leftpad = p.cache_leftpad;

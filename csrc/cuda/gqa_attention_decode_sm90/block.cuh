@@ -1,7 +1,6 @@
 // What a block of the Hopper decode kernels is about: its sequence, KV head and share of the cached keys.
 #pragma once
 
-#include "cuda/common/cluster.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/gqa_attention_decode_sm90/args.h"
 #include "plan/gqa_attention_decode_sm90.h"
@@ -92,7 +91,7 @@ __device__ __forceinline__ void keep(X &x) {
 template <typename C>
 struct Block {
   uint32_t key_offset, value_offset;  // in a tile, of what this lane addresses of K and V
-  int warp, lane, r, c, rank, turn, blocks_log, b, head;
+  int warp, lane, r, c, rank, blocks_log, b, head;
   Keys keys;
   int first, stride, tile_end;
   int row_low, row_high;  // cached rows that anyone sees
@@ -105,13 +104,6 @@ struct Block {
     value_offset = lane_offset<C>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     keep(key_offset), keep(value_offset), keep(r), keep(c);
   }
-  // Ranks start at another block in each cluster, or those of short sequences would all meet on the same SMs.
-  __device__ void find_rank(const Args &p) {
-    const uint32_t pair = blockIdx.y + gridDim.y * blockIdx.z;
-    turn = p.turns ? pair * 0x9e3779b1u >> 28 : 0;
-    rank = (cluster_rank() + turn) & (cluster_size() - 1);
-  }
-  __device__ uint32_t block_of(uint32_t at_rank) const { return (at_rank - turn) & (cluster_size() - 1); }
   __device__ int blocks() const { return 1 << blocks_log; }
   // Units that this block owns, and the most that any does.
   __device__ int slots(const Args &p) const { return (p.units - rank + blocks() - 1) >> blocks_log; }

@@ -1,12 +1,13 @@
 // Decode attention on Hopper: the keys of a (sequence, KV head) are shared out among the blocks of a cluster, which
 // join their sums by one-way stores in the same launch.
-// Keys come in tiles of 16, which go round all warps of the cluster; a warp takes its tiles for all query rows of the
-// head group and keeps its own ring of kStages tiles, softmax and sums: between the first load and the last nobody
+// Keys come in tiles of 16 or 32, which go round all warps of the cluster; a warp takes its tiles for all query rows of
+// the head group and keeps its own ring of kStages tiles, softmax and sums: between the first load and the last nobody
 // waits for anybody else. Warps meet once, in shared memory.
 // Memory order: K and V once, by 16-byte asynchronous copies, with one sequence the first tile of each warp before the
-// length is known; a stage's K is refilled as soon as it is scored.
+// length is known; a stage is refilled as soon as its values are in registers.
 // Limits: 16-bit types, 16-byte aligned rows, at most 8 * kRowTiles query rows (tokens times heads of the group).
-// Determinism: fixed order of sums; they depend on the sequence's own length and on the size of the cluster.
+// Determinism: fixed order of sums; they depend on the sequence's length, the size of the cluster and, with
+// Args::fair, on the lengths of all sequences.
 #pragma once
 
 #include "cuda/common/programmatic_launch.cuh"
@@ -82,7 +83,7 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
     } else {
       Scores<C> scores;
       Values<C> values;
-      Sums<C>::read(t, queries, stage, &scores, &values);
+      read_tile(t, queries, stage, &scores, &values);
       refill();
       sums->weigh(p, t, key, end, &scores, weights);
       sums->add(p, t, values, key, end, weights);
@@ -99,9 +100,8 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   const uint32_t shared_base = shared_address(shared);
   Block<C> t;
   t.find_lane();
+  t.rank = cluster_rank(), t.blocks_log = 31 - __clz(cluster_size());
   t.head = blockIdx.y, t.b = blockIdx.z;
-  t.blocks_log = 31 - __clz(cluster_size());
-  t.find_rank(p);
   const bool shares = t.blocks_log > 0, early = C::kPlain && p.early;
   char *ring = shared + t.warp * C::kWarpBytes;
   wait_for_prerequisites();

@@ -1,71 +1,18 @@
-// Softmax and sums over 8-bit tiles: what is stored, e4m3 or int8, is exact in float16, and so is a query of either
-// 16-bit type once a power of two has brought it into range; scales wait for the scores and the output.
-// A lane's four bytes of a key are two operands, so that dimensions 16 d + 4 c ... + 3 of it meet those of the query; a
-// lane's four bytes of two values are the operands of dimensions 16 d + 2 r and 16 d + 2 r + 1.
+// Softmax and sums over 8-bit tiles, in float16 whatever the query's type: a power of two brings the query into range,
+// and scales wait for the scores and the output.
 #pragma once
 
 #include "cuda/gqa_attention_decode_sm90/loads.cuh"
+#include "cuda/gqa_attention_decode_sm90/quantized_tiles.cuh"
 #include "cuda/gqa_attention_decode_sm90/scores.cuh"
 
 namespace gqa::cuda::decode_sm90 {
-
-// Two stored numbers to float16: of bytes 0 and 1 of the word, then of bytes 2 and 3.
-template <bool kInt8>
-__device__ __forceinline__ uint2 widen_bytes(uint32_t word) {
-  uint2 pairs;
-  if constexpr (kInt8) {
-    // 1152 + x, by its bits, less 1152.
-    word ^= 0x80808080u;
-    const __half2 offset = __floats2half2_rn(1152.0f, 1152.0f);
-    const uint32_t low = __byte_perm(word, 0x64646464u, 0x4140), high = __byte_perm(word, 0x64646464u, 0x4342);
-    const __half2 x = __hsub2(*reinterpret_cast<const __half2 *>(&low), offset);
-    const __half2 y = __hsub2(*reinterpret_cast<const __half2 *>(&high), offset);
-    pairs = {*reinterpret_cast<const uint32_t *>(&x), *reinterpret_cast<const uint32_t *>(&y)};
-  } else {
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\n"
-        "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
-        : "=r"(pairs.x), "=r"(pairs.y)
-        : "r"(word));
-  }
-  return pairs;
-}
 
 template <typename C>
 struct QuantizedSums : Sums<C> {
   // Weights of up to 2^kHeadroom keep those of 2^-24 and less apart from zero. Not more: the base must round to no less
   // than 15 below any score.
   static constexpr float kHeadroom = 7;
-
-  // Calls use(d, operand) for the 16 keys and dimensions 16 d ... of the tile.
-  template <bool kInt8, typename Use>
-  __device__ static void each_key_operand(uint32_t at, Use &&use) {
-#pragma unroll
-    for (int pair = 0; pair < C::kDim / 32; ++pair) {
-      uint32_t words[4];
-      load_matrices(words, chunk_address<C>(at, pair));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint2 upper = widen_bytes<kInt8>(words[2 * i]), lower = widen_bytes<kInt8>(words[2 * i + 1]);
-        const uint32_t operand[4] = {upper.x, lower.x, upper.y, lower.y};
-        use(2 * pair + i, operand);
-      }
-    }
-  }
-  template <bool kInt8, typename Use>
-  __device__ static void each_value_operand(uint32_t at, Use &&use) {
-#pragma unroll
-    for (int pair = 0; pair < C::kDim / 32; ++pair) {
-      uint32_t words[4];
-      load_matrices_transposed(words, chunk_address<C>(at, pair));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint2 first = widen_bytes<kInt8>(__byte_perm(words[i], 0, 0x3120));
-        const uint2 second = widen_bytes<kInt8>(__byte_perm(words[i + 2], 0, 0x3120));
-        const uint32_t operand[4] = {first.x, first.y, second.x, second.y};
-        use(2 * pair + i, operand);
-      }
-    }
-  }
 
   using typename Sums<C>::Weights;
 
@@ -77,17 +24,12 @@ struct QuantizedSums : Sums<C> {
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
       const uint32_t at = tile + step * 16 * C::kRowBytes + t.key_offset;
-      const auto multiply = [&](int d, const uint32_t(&k)[4]) {
+      each_key<C>(p, at, [&](int d, const uint32_t(&k)[4]) {
 #pragma unroll
         for (int n = 0; n < C::kRowTiles; ++n) {
           multiply_add<__half>(s[step][n], k, queries.x[n][d][0], queries.x[n][d][1]);
         }
-      };
-      if (p.cache_dtype == GQA_DTYPE_INT8) {
-        each_key_operand<true>(at, multiply);
-      } else {
-        each_key_operand<false>(at, multiply);
-      }
+      });
     }
     const int page = C::kPaged && checks_pages ? find_page(p, t, key, end) : 0;
     const bool edge = this->is_edge(p, t, key, end);
@@ -117,7 +59,7 @@ struct QuantizedSums : Sums<C> {
         add_edge(p, t, at, key + 16 * step, end, weights[step]);
         continue;
       }
-      each_value(p, at, [&](int d, const uint32_t(&v)[4]) {
+      each_value<C>(p, at, [&](int d, const uint32_t(&v)[4]) {
 #pragma unroll
         for (int n = 0; n < C::kRowTiles; ++n) {
           multiply_add<__half>(this->o[n][d], v, weights[step][n][0], weights[step][n][1]);
@@ -127,15 +69,6 @@ struct QuantizedSums : Sums<C> {
   }
 
  private:
-  template <typename Use>
-  __device__ static void each_value(const Args &p, uint32_t at, Use &&use) {
-    if (p.cache_dtype == GQA_DTYPE_INT8) {
-      each_value_operand<true>(at, use);
-    } else {
-      each_value_operand<false>(at, use);
-    }
-  }
-
   // Scores become weights; sums so far are scaled to the new bases.
   __device__ void weigh(float (&s)[C::kSteps][C::kRowTiles][4], Weights &weights) {
 #pragma unroll
@@ -199,7 +132,7 @@ struct QuantizedSums : Sums<C> {
         const int first = key + 8 * e + 2 * t.c;
         seen[e] = (sees(first) ? 0x0000ffffu : 0) | (sees(first + 1) ? 0xffff0000u : 0);
       }
-      each_value(p, at, [&](int d, const uint32_t(&all)[4]) {
+      each_value<C>(p, at, [&](int d, const uint32_t(&all)[4]) {
         uint32_t v[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[e] = all[e] & seen[e / 2];

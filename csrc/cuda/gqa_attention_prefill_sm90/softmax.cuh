@@ -28,12 +28,13 @@ struct PrefillSoftmax {
   float base[2] = {-INFINITY, -INFINITY};  // in log2 units
   float sum[2] = {0, 0};                   // of this thread's columns
   float factor[2] = {1, 1};                // of what was summed up before the last block
+  bool careful = true;                     // some row of the warp has no base yet, or a huge one
 
   // Scores become weights, by the base there is where a row has one. True where sums of values have to be multiplied by
   // `factor`. `repeat` computes the scores once more; `repeated` is called when they are weights.
   template <int kScores, typename Repeat, typename Repeated>
   __device__ __forceinline__ bool weigh(float (&s)[kScores], float multiplier, Repeat &&repeat, Repeated &&repeated) {
-    const bool slow = careful();
+    const bool slow = careful;
     bool rescale = false;
     float own[2];
     if (slow) {
@@ -82,9 +83,6 @@ struct PrefillSoftmax {
 
   __device__ __forceinline__ bool is_sound(int row) const { return fabsf(base[row]) <= kHuge; }
 
-  // Some row of the warp has no base yet, or a huge one.
-  __device__ __forceinline__ bool careful() const { return __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1))); }
-
   __device__ __forceinline__ float move(int row, float to) {
     const float by = exp2_fast(base[row] - (to == -INFINITY ? 0.0f : to));
     factor[row] *= by;
@@ -118,13 +116,14 @@ struct PrefillSoftmax {
       for (int row = 0; row < 2; ++row) {
         if (!(top[row] - base[row] <= limit[row])) move(row, top[row]);
       }
+      careful = __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1)));
     }
     // In one FMA scores are exact while base is rounded: the same factor for the whole row, unless it is so large that
     // 2^error overflows. Then scores are rounded as base was.
     float scale[2] = {multiplier, multiplier}, from[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) from[row] = base[row] == -INFINITY ? 0.0f : base[row];
-    if (careful()) {
+    if (careful) {
       const bool huge[2] = {fabsf(from[0]) > kHuge, fabsf(from[1]) > kHuge};
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
@@ -170,6 +169,7 @@ struct PrefillSoftmax {
 #pragma unroll
       for (int i = 2 * row; i < kScores; i += 4) s[i] *= by, s[i + 1] *= by;
     }
+    careful = __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1)));
   }
 };
 
