@@ -1,15 +1,18 @@
-"""Tokens per second of whole Llama models with random weights through transformers' generate, patched and not."""
+"""Whole models with random weights: transformers' generate, eager and compiled, a patched model's, and hf.generate."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import gqa_kernels
+import gqa_kernels.hf
 from benchmarks import shapes
 from benchmarks.case import OURS
 from benchmarks.report import Row
@@ -17,6 +20,10 @@ from benchmarks.shapes import Model
 from benchmarks.timing import Settings
 
 REPEATS = 3
+HF_GENERATE = f"{OURS} hf.generate"
+CHECKED_TOKENS = 8
+
+Generate = Callable[[int], Tensor]
 
 
 def wanted(settings: Settings, quick: bool) -> list[Model]:
@@ -26,75 +33,98 @@ def wanted(settings: Settings, quick: bool) -> list[Model]:
 
 
 def build(shape: Model, settings: Settings, dtype: torch.dtype) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """The model in its dtype from the start: 8 billion parameters in float32 are 32 GB more."""
+    import transformers
 
-    config = LlamaConfig(
+    config = getattr(transformers, f"{shape.family}Config")(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.q_heads,
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocab,
-        max_position_embeddings=shape.prompt + shape.new_tokens,
+        max_position_embeddings=2 * shape.prompt + shape.new_tokens,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    with torch.device(settings.device):
-        model: Any = LlamaForCausalLM(config)
-    return model.to(dtype).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(settings.device):
+            model: Any = getattr(transformers, f"{shape.family}ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
 
 
-def _check(built: Any, ids: Tensor, reference: Tensor, baseline: Tensor) -> None:
-    """The patched model's logits are no further from float32 than twice the unpatched model's."""
-    logits = built(ids).logits[:, -1].float()
-    scale = reference.norm()
-    mine, theirs = float((logits - reference).norm() / scale), float((baseline - reference).norm() / scale)
-    if not mine <= 2 * theirs + 1e-5:
-        raise AssertionError(f"patched model is wrong: relative error of logits {mine:.2e}, unpatched {theirs:.2e}")
+def _contestants(
+    built: Any, ids: Tensor, compiled: bool
+) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]], Generate]]:
+    """Name, what surrounds its calls, and the call; ours first."""
+
+    def generate(tokens: int, **options: Any) -> Tensor:
+        return built.generate(ids, max_new_tokens=tokens, do_sample=False, **options)
+
+    yield HF_GENERATE, nullcontext, lambda tokens: gqa_kernels.hf.generate(built, ids, max_new_tokens=tokens)
+    yield OURS, lambda: gqa_kernels.patched(built), generate
+    yield "transformers", nullcontext, generate
+    if compiled:
+        yield "transformers compile", nullcontext, lambda tokens: generate(tokens, cache_implementation="static")
 
 
-def _seconds(run: Callable[[], Any], settings: Settings) -> float:
+def _check(built: Any, ids: Tensor, generated: Tensor) -> None:
+    """Each token is the float32 model's choice, wherever that is further ahead than twice what rounding the unpatched
+    model to its dtype changes."""
+    if generated.shape != (ids.shape[0], ids.shape[1] + CHECKED_TOKENS):
+        raise AssertionError(f"generated {tuple(generated.shape)} of a prompt {tuple(ids.shape)}")
+    options = {"logits_to_keep": CHECKED_TOKENS + 1}
+    theirs = built(generated, **options).logits[:, :-1].float()
+    exact = copy.deepcopy(built).float()(generated, **options).logits[:, :-1]
+    best, noise = exact.topk(2, dim=-1).values, (theirs - exact).abs().amax(-1)
+    decided = best[..., 0] - best[..., 1] > 2 * noise
+    if not torch.equal(generated[:, ids.shape[1] :][decided], exact.argmax(-1)[decided]):
+        raise AssertionError("a token is not the float32 model's choice")
+
+
+def _seconds(generate: Generate, tokens: int, settings: Settings) -> float:
     times = []
     for _ in range(REPEATS):
         if settings.cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        run()
+        generate(tokens)
         if settings.cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times)[REPEATS // 2]
 
 
-def measure(model: Model, settings: Settings) -> Iterator[Row]:
-    """Prefill is the time to the first token; decode is what each further token costs."""
-    dtype = torch.bfloat16 if settings.cuda else torch.float32
+def measure(model: Model, settings: Settings, compiled: bool = False) -> Iterator[Row]:
+    """Prefill is the time to the first token, in a call that is not the first; decode what each further token costs."""
+    rows: list[Row] = []
     with torch.no_grad():
-        exact = build(model, settings, torch.float32)
-        ids = torch.randint(1, model.vocab, (1, model.prompt), device=settings.device)  # 0 pads
-        reference = exact(ids).logits[:, -1].float()
-        built = exact.to(dtype)
-        baseline = built(ids).logits[:, -1].float()
-
-        def generate(tokens: int) -> None:
-            built.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-
-        def rows(impl: str) -> list[Row]:
-            generate(2)
-            first = _seconds(lambda: generate(1), settings)
-            rest = _seconds(lambda: generate(model.new_tokens), settings) - first
-            each = rest / (model.new_tokens - 1)
-            prefill = Row("model", "prefill", f"{model.name}, {model.prompt} tokens", impl, call_us=first * 1e6)
-            prefill.tokens_per_s = model.prompt / first
-            decode = Row("model", "decode", f"{model.name} at {model.prompt}", impl, call_us=each * 1e6)
-            decode.tokens_per_s = 1 / each
-            return [prefill, decode]
-
-        theirs = rows("transformers")
-        with gqa_kernels.patched(built):
-            _check(built, ids, reference, baseline)
-            ours = rows(OURS)
-    for mine, peer in zip(ours, theirs):
-        mine.best_peer, mine.vs_best_peer = peer.impl, peer.us / mine.us
-        yield from (mine, peer)
+        built = build(model, settings, torch.bfloat16 if settings.cuda else torch.float32)
+        ids = torch.randint(1, model.vocab, (model.batch, model.prompt), device=settings.device)  # 0 pads
+        for name, context, generate in _contestants(built, ids, compiled):
+            with context():
+                generate(model.new_tokens)
+                tokens = generate(CHECKED_TOKENS)
+                first = _seconds(generate, 1, settings)
+                each = (_seconds(generate, model.new_tokens, settings) - first) / (model.new_tokens - 1)
+            if name.startswith(OURS):
+                _check(built, ids, tokens)
+            prefill = Row("model", "prefill", f"{model.name}, {model.prompt} tokens", name, call_us=first * 1e6)
+            prefill.tokens_per_s = model.batch * model.prompt / first
+            decode = Row("model", "decode", f"{model.name} at {model.prompt}", name, call_us=each * 1e6)
+            decode.tokens_per_s = model.batch / each
+            rows += [prefill, decode]
+        gqa_kernels.hf.release(built)
+    for row in rows:
+        peers = [peer for peer in rows if peer.op == row.op and not peer.impl.startswith(OURS)]
+        if row.impl.startswith(OURS):
+            best = min(peers, key=lambda peer: peer.us)
+            row.best_peer, row.vs_best_peer = best.impl, best.us / row.us
+    yield from sorted(rows, key=lambda row: row.op, reverse=True)

@@ -58,6 +58,10 @@ def _ffn(x: Inputs) -> Tensor:
     return functional.linear(functional.silu(gate) * up, x["w_down"])
 
 
+def _projections(x: Inputs) -> Tensor:
+    return torch.cat([functional.linear(x["x"], x[name]) for name in ("w_q", "w_k", "w_v")], dim=-1)
+
+
 def _rope_in_place(x: Inputs) -> tuple[Tensor, Tensor]:
     gqa_kernels.rope_(x["q"], x["k"], x["cos"], x["sin"])
     return x["q"], x["k"]
@@ -87,6 +91,16 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
             case.limit, case.flops = "matmul", 6.0 * count * hidden * intermediate
         else:
             case.limit, case.traffic = "read", 3 * hidden * intermediate * _dtype(settings).itemsize
+        yield case
+        sizes = {"w_q": (hidden, hidden), "w_k": (hidden // 4, hidden), "w_v": (hidden // 4, hidden)}
+        ours = Contestant(OURS, lambda x: gqa_kernels.linear(x["x"], x["w_q"], x["w_k"], x["w_v"]))
+        case = _case(
+            settings, "linear", f"{count} x {hidden}, q k v", {"x": (count, hidden), **sizes}, ours, _projections
+        )
+        if count >= 256:
+            case.limit, case.flops = "matmul", 3.0 * count * hidden * hidden
+        else:
+            case.limit, case.traffic = "read", 3 * hidden * hidden // 2 * _dtype(settings).itemsize
         yield case
 
 
@@ -218,7 +232,7 @@ def _case(
     result = eager(made)
     outputs = result if isinstance(result, tuple) else (result,)
     moved = sum(tensor.nbytes for tensor in (*made.values(), *outputs))
-    large = settings.cuda and op != "swiglu_ffn" and moved >= 64e6
+    large = settings.cuda and op not in ("swiglu_ffn", "linear") and moved >= 64e6
     contestants = [ours, *others]
     if eager_too:
         contestants += [Contestant("torch eager", eager), *peers.compiled(eager, settings.device)]

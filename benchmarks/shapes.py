@@ -106,9 +106,10 @@ SAMPLE_CPU = [Rows(1, 32000), Rows(4, 32000)]
 
 @dataclass(frozen=True)
 class Model:
-    """A Llama with random weights; prompt tokens in the context, new tokens generated."""
+    """A model of transformers with random weights; prompt tokens in the context, new tokens generated."""
 
     name: str
+    family: str  # the prefix of transformers' classes
     hidden: int
     intermediate: int
     layers: int
@@ -117,10 +118,14 @@ class Model:
     vocab: int
     prompt: int
     new_tokens: int
+    batch: int = 1
+    tied: bool = False
 
 
 MODELS = [
-    Model("Llama-3.1-8B shape, 4 layers", 4096, 14336, 4, 32, 8, 128256, 2048, 64),
-    Model("Qwen2.5-0.5B shape", 896, 4864, 24, 14, 2, 151936, 2048, 64),
+    Model("Qwen2.5-0.5B shape", "Qwen2", 896, 4864, 24, 14, 2, 151936, 2 * K, 64, tied=True),
+    Model("Phi-3-mini shape", "Phi3", 3072, 8192, 32, 32, 32, 32064, 2 * K, 64),
+    Model("Llama-3.1-8B shape", "Llama", 4096, 14336, 32, 32, 8, 128256, 2 * K, 64),
+    Model("Llama-3.1-8B shape, batch 16", "Llama", 4096, 14336, 32, 32, 8, 128256, 2 * K, 64, batch=16),
 ]
-MODELS_CPU = [Model("4 layers of 256, 8:2", 256, 688, 4, 8, 2, 1000, 64, 16)]
+MODELS_CPU = [Model("4 layers of 256, 8:2", "Llama", 256, 688, 4, 8, 2, 1000, 64, 16)]

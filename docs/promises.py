@@ -6,7 +6,7 @@ ATTENTION = "gqa_attention_"
 PROMISES = {
     1: (
         "the largest error is at most twice that of plain PyTorch in the same dtype, the mean error 1.5 times",
-        (ATTENTION + "numerics", ATTENTION + "decode", ATTENTION + "prefill", "rmsnorm", "swiglu_ffn"),
+        (ATTENTION + "numerics", ATTENTION + "decode", ATTENTION + "prefill", "rmsnorm", "swiglu_ffn", "linear"),
     ),
     2: (
         "nothing is read but what the call attends to: NaN everywhere else changes no byte",

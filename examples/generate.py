@@ -1,4 +1,4 @@
-"""Runs a Llama checkpoint through transformers, patched with gqa_kernels and not, and compares the two.
+"""Runs a Llama checkpoint through transformers, patched with gqa_kernels and not, and through gqa_kernels.hf.generate.
 
     python examples/generate.py
         answers held-out sums with the shipped checkpoint; exit status 1 if under 95 % are right or any token differs
@@ -7,7 +7,8 @@
     python examples/generate.py --model meta-llama/Llama-3.2-1B --prompt "The capital of France is" --dtype bfloat16
         continues prompts of your own; the differences are shown, the exit status is 0
 
-Greedy, unless one of --temperature --top-k --top-p --min-p is given: then gqa_kernels.sample picks the tokens.
+Greedy, unless one of --temperature --top-k --top-p --min-p is given: then gqa_kernels.sample picks the tokens, and
+hf.generate, which gives each prompt a random stream of its own, picks others.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 import gqa_kernels
+import gqa_kernels.hf
 
 SUM_COUNT = 48
 SUM_SEED = 1
@@ -55,17 +55,6 @@ class KernelSampler(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-class ProgressBar(StoppingCriteria):
-    """Counts steps, stops nothing. (transformers' streamers take one prompt only.)"""
-
-    def __init__(self, bar: tqdm[Any]) -> None:
-        self.bar = bar
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        self.bar.update()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
 @dataclass
 class Run:
     """What one way of running the model gave: each prompt's new tokens, up to and with <eos>, and the speed."""
@@ -84,14 +73,19 @@ class Generator:
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos])
 
-    def once(self, label: str, max_new_tokens: int, sampling: dict[str, Any] | None) -> Run:
-        with tqdm(total=max_new_tokens, desc=label, unit="step", leave=False) as bar:
-            start = self.now()
+    def once(self, whole: bool, max_new_tokens: int, sampling: dict[str, Any] | None) -> Run:
+        start = self.now()
+        if whole:
+            ids, mask = self.inputs.input_ids, self.inputs.attention_mask
+            pad, settings = self.tokenizer.pad_token_id, {"do_sample": sampling is not None, **(sampling or {})}
+            output = gqa_kernels.hf.generate(
+                self.model, ids, mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **settings
+            )
+        else:
             output = self.model.generate(
                 **self.inputs,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([ProgressBar(bar)]),
                 logits_processor=LogitsProcessorList([KernelSampler(**sampling)] if sampling else []),
                 # The sampler leaves one finite logit, so the greedy pick is its token. The rest overrides what a
                 # checkpoint's own generation_config may ask for.
@@ -101,14 +95,17 @@ class Generator:
                 top_k=50,
                 top_p=1.0,
             )
-            seconds = self.now() - start
+        seconds = self.now() - start
         tokens = [self.up_to_eos(row) for row in output[:, self.inputs.input_ids.shape[1] :].tolist()]
         return Run(tokens, sum(map(len, tokens)) / seconds)
 
-    def measured(self, label: str, max_new_tokens: int, sampling: dict[str, Any] | None, repeats: int) -> Run:
-        """One short run to warm up, then the median speed of the repeats."""
-        self.once(f"{label}, warming up", min(WARM_UP_TOKENS, max_new_tokens), sampling)
-        runs = [self.once(label, max_new_tokens, sampling) for _ in range(repeats)]
+    def measured(
+        self, label: str, max_new_tokens: int, sampling: dict[str, Any] | None, repeats: int, *, whole: bool = False
+    ) -> Run:
+        """One short run to warm up, then the median speed of the repeats; ``whole`` is by hf.generate."""
+        self.once(whole, min(WARM_UP_TOKENS, max_new_tokens), sampling)
+        progress = tqdm(range(repeats), desc=label, unit="run", leave=False)
+        runs = [self.once(whole, max_new_tokens, sampling) for _ in progress]
         return Run(runs[0].tokens, statistics.median(run.tokens_per_second for run in runs))
 
     def text(self, tokens: list[int]) -> str:
@@ -181,9 +178,9 @@ def load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTraine
     return model.to(device).eval(), tokenizer
 
 
-def first_difference(patched: Run, unpatched: Run) -> tuple[int, int] | None:
+def first_difference(run: Run, unpatched: Run) -> tuple[int, int] | None:
     """(prompt, token) where the two runs part, or None."""
-    for i, (ours, theirs) in enumerate(zip(patched.tokens, unpatched.tokens, strict=True)):
+    for i, (ours, theirs) in enumerate(zip(run.tokens, unpatched.tokens, strict=True)):
         if ours != theirs:
             same = 0
             while same < min(len(ours), len(theirs)) and ours[same] == theirs[same]:
@@ -207,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         patched = generator.measured("patched", args.max_new_tokens, sampling, repeats)
     finally:
         gqa_kernels.unpatch(model)
+    whole = generator.measured("hf.generate", args.max_new_tokens, sampling, repeats, whole=True)
 
     answers = [generator.text(tokens) for tokens in patched.tokens]
     right = [answer == answer_of(pair) for answer, pair in zip(answers, pairs, strict=False)]
@@ -220,9 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{report}\n")
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"{len(prompts)} prompts as one left-padded batch, {dtype} on {model.device}")
-    print(f"unpatched {unpatched.tokens_per_second:10,.0f} tokens/s")
-    print(f"patched   {patched.tokens_per_second:10,.0f} tokens/s")
-    difference = first_difference(patched, unpatched)
+    for label, run in (("unpatched", unpatched), ("patched", patched), ("hf.generate", whole)):
+        print(f"{label:12} {run.tokens_per_second:10,.0f} tokens/s")
+    difference = first_difference(patched, unpatched) or (None if sampling else first_difference(whole, unpatched))
     if difference is None:
         print("tokens: all the same as the unpatched model's")
     else:

@@ -13,6 +13,7 @@ from gqa_kernels.attention import (
 from gqa_kernels.explain import Explanation, explain
 from gqa_kernels.kv_cache import KVCache, attention_with_kv_cache
 from gqa_kernels.launch_log import record_launches
+from gqa_kernels.linear import linear
 from gqa_kernels.paged_kv_cache import PagedKVCache
 from gqa_kernels.qk_rmsnorm_rope import qk_rmsnorm_rope
 from gqa_kernels.residual import residual_add
@@ -39,6 +40,7 @@ __all__ = [
     "gqa_attention_prefill",
     "gqa_attention_prefill_workspace_size",
     "kv_cache_append",
+    "linear",
     "merge_attention_states",
     "patch",
     "patched",

@@ -92,6 +92,7 @@ def examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "16 x 4096", "rmsnorm", (hidden, tensor(4096)), {}
     yield "16 x 4096", "add_rmsnorm", (hidden, hidden, tensor(4096)), {}
     yield "16 x 4096", "residual_add", (hidden, hidden), {}
+    yield "16 x 4096, q k v", "linear", (hidden, *(tensor(rows, 4096) for rows in (4096, 1024, 1024))), {}
     yield "16 x 14336", "swiglu", (tensor(16, 14336), tensor(16, 14336)), {}
     weights = tensor(14336, 4096), tensor(14336, 4096), tensor(4096, 14336)
     yield "16 x 4096/14336", "swiglu_ffn", (hidden, *weights), {}

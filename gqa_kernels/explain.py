@@ -16,6 +16,7 @@ OPS = (
     "gqa_attention_decode",
     "gqa_attention_prefill",
     "kv_cache_append",
+    "linear",
     "merge_attention_states",
     "qk_rmsnorm_rope",
     "residual_add",

@@ -37,10 +37,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, out: Tensor | None = None)
 
 
 @overload
-def swiglu_ffn(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor: ...
+def swiglu_ffn(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, static_weights: bool = False) -> Tensor: ...
 @overload
-def swiglu_ffn(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> Tensor: ...
-def swiglu_ffn(x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
+def swiglu_ffn(x: Tensor, w_gate_up: Tensor, w_down: Tensor, *, static_weights: bool = False) -> Tensor: ...
+def swiglu_ffn(x: Tensor, *weights: Tensor, static_weights: bool = False, **named: Tensor) -> Tensor:
     """The feed-forward block of a Llama layer: ``swiglu(x @ w_gate.T, x @ w_up.T) @ w_down.T``.
 
     Called as ``swiglu_ffn(x, w_gate, w_up, w_down)`` or ``swiglu_ffn(x, w_gate_up, w_down)``.
@@ -50,6 +50,8 @@ def swiglu_ffn(x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
         w_gate, w_up: ``[intermediate, hidden]``, laid out as ``torch.nn.Linear.weight``.
         w_gate_up: ``[2 * intermediate, hidden]``, the rows of ``w_gate`` and then those of ``w_up``.
         w_down: ``[hidden_out, intermediate]``.
+        static_weights: a promise that nothing that may still run on the device writes the weights, as in
+            :func:`linear`.
 
     Returns:
         A contiguous tensor ``[..., hidden_out]``.
@@ -72,7 +74,9 @@ def swiglu_ffn(x: Tensor, *weights: Tensor, **named: Tensor) -> Tensor:
         )
     names = ("w_gate_up", "w_down") if len(weights) == 2 else ("w_gate", "w_up", "w_down")
     refuse_grad("swiglu_ffn", x=x, **dict(zip(names, weights)))
-    result: Tensor = ops.swiglu_ffn(x, weights[0], weights[1] if len(weights) == 3 else None, weights[-1])
+    result: Tensor = ops.swiglu_ffn(
+        x, weights[0], weights[1] if len(weights) == 3 else None, weights[-1], static_weights=static_weights
+    )
     return result
 
 
@@ -82,7 +86,9 @@ def _swiglu_fake(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 
 @torch.library.register_fake("gqa_kernels::swiglu_ffn")
-def _swiglu_ffn_fake(x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor) -> Tensor:
+def _swiglu_ffn_fake(
+    x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *, static_weights: bool = False
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 

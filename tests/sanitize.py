@@ -1,6 +1,6 @@
-"""Small calls of every op, to run under compute-sanitizer; ``--plant`` ends with one that reads past its input.
+"""Small calls of every op, or of those named, to run under compute-sanitizer; ``--plant`` reads past its input.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py [op …]
 """
 
 from __future__ import annotations
@@ -22,6 +22,20 @@ from gqa_kernels._library import C
 
 SEEDS = 6
 
+# Kernels that a tool is not to judge, by name, and why. Racecheck follows them all the same, as it fails where it
+# follows some launches alone; what it says of them is left out.
+LEFT_OUT = {
+    "initcheck": {
+        "combine_splits": "reads, beside the sums of a split without keys, its row that nobody wrote, and drops it",
+        "swiglu_rows": "of swiglu_ffn reads what torch's products wrote, which the tool does not watch",
+    },
+    "racecheck": {
+        "decode_ring": "thread 0 initialises an mbarrier and arrives; the tool takes the first for 32 lanes'",
+        "sample_greedy": "the same",
+        "sample_cluster": "what some warps write before a named barrier others read after it",
+    },
+}
+
 
 def large_call(op: str, dtype: torch.dtype, head_dim: int) -> Call:
     """Shapes that reach the kernels for large problems. Drawn on the CPU: a copy counts as initialised memory."""
@@ -42,10 +56,12 @@ def large_call(op: str, dtype: torch.dtype, head_dim: int) -> Call:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--plant", action="store_true")
-    plant = parser.parse_args().plant
+    parser.add_argument("ops", nargs="*", default=list(CALLS))
+    given = parser.parse_args()
+    plant = given.plant
     for override in () if plant else (0, 1):  # every kernel, then the portable ones alone
         C.set_kernel_override(override)
-        for op in CALLS:
+        for op in given.ops:
             calls = [random_call(op, seed, "cuda") for seed in range(SEEDS)]
             if op in ("gqa_attention_prefill", "gqa_attention_decode", "sample"):
                 dims = (64, 96, 128, 256) if op != "sample" else (0,)

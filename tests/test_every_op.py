@@ -25,7 +25,13 @@ every_op = pytest.mark.parametrize("op", OPS)
 WRITTEN = {"rope_": (0, 1), "kv_cache_append": (2, 3), "gqa_attention_decode": (1, 2), "gqa_attention_prefill": (3, 4)}
 # What a call may allocate: its outputs, and the workspace of attention.
 ALLOCATIONS = {"rope_": 0, "kv_cache_append": 0, "rope": 2, "add_rmsnorm": 2, "merge_attention_states": 2, "sample": 3}
-ALLOCATIONS |= {"gqa_attention_decode": 3, "gqa_attention_prefill": 3, "swiglu_ffn": 4, "qk_rmsnorm_rope": 2}
+ALLOCATIONS |= {
+    "gqa_attention_decode": 3,
+    "gqa_attention_prefill": 3,
+    "swiglu_ffn": 4,
+    "linear": 4,
+    "qk_rmsnorm_rope": 2,
+}
 
 
 class Call:
@@ -120,6 +126,7 @@ def sized(op: str, guard: Guard, n: int) -> tuple[Tensor, ...]:
         "add_rmsnorm": (x, x.clone(), x[0].clone()),
         "swiglu": (x, x.clone()),
         "swiglu_ffn": (x, guard.randn(5 * n, 3 * n), guard.randn(5 * n, 3 * n), guard.randn(2 * n, 5 * n)),
+        "linear": (x, guard.randn(5 * n, 3 * n), guard.randn(2 * n, 3 * n)),
         "merge_attention_states": (guard.randn(n, n + 1, 5, 4, 8), guard.randn(n, n + 1, 4, 5)),
         "rope": (q, k, cos, sin),
         "rope_": (q.clone(), k.clone(), cos, sin),

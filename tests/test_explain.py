@@ -45,7 +45,7 @@ def test_plans_for_cuda_without_a_gpu(op: str) -> None:
         for launch in plan.launches:
             assert launch["kernel"] != "cpu" and launch["kernel"] in plan.kernel
             threads = launch["block"][0] * launch["block"][1] * launch["block"][2]
-            assert 32 <= threads <= 1024
+            assert 32 <= threads <= 1024 or launch["kernel"] == "torch"
             assert 0 <= launch["shared_memory"] <= H200["max_shared_memory"]
             assert launch["grid"][0] >= 1 and all(1 <= size <= 65535 for size in launch["grid"][1:])
         assert plan.kernel in str(plan)

@@ -188,6 +188,36 @@ def test_p1_options_and_ragged(guard: Guard, dtype: torch.dtype, head_dim: int, 
 
 
 @every_half
+@every_mask
+@pytest.mark.parametrize("head_dim", [40, 64])
+def test_p1_tall_tiles(guard: Guard, dtype: torch.dtype, head_dim: int, causal: bool) -> None:
+    """Narrow heads have tiles of 192 rows where these are many."""
+    batch = 5 if guard.device == "cuda" else 1
+    for queries, keys in [(300, 300), (193, 450), (385, 129)]:
+        case = dense_case(queries, keys, dtype, head_dim, causal, heads=(40, 8), batch=batch)
+        dense = run_prefill(case, guard, return_lse=True)
+        case.check(dense, f"{queries} queries, {keys} keys")
+        steep = case.change(k=[x * torch.linspace(60, 0.1, keys)[:, None, None].to(dtype) for x in case.k])
+        steep.check(run_prefill(steep, guard, return_lse=True), "steep")
+        if queries == keys:
+            for part, other in zip(dense, run_prefill(case, guard, ragged=True, return_lse=True)):
+                assert same_bytes(part, other), "ragged differs from dense"
+
+
+@every_half
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("count", [40, 255, 256, 300])
+def test_p9_many_sequences(guard: Guard, dtype: torch.dtype, head_dim: int, count: int) -> None:
+    """More than one warp looks at once; and more than there are places for."""
+    generator = torch.Generator().manual_seed(count)
+    count = count if guard.device == "cuda" else 40
+    lengths = torch.randint(0, 100, (count,), generator=generator).tolist()
+    lengths[count // 2] = 400
+    case = make_case([(n, 0, n) for n in lengths], dtype=dtype, head_dim=head_dim)
+    case.check(run_prefill(case, guard, ragged=True, return_lse=True))
+
+
+@every_half
 @every_width
 @pytest.mark.parametrize("options", [*OPTIONS[:3], {"leftpad": [3, 0, 250, 128]}], ids=name_of)
 def test_p2_caches(guard: Guard, dtype: torch.dtype, head_dim: int, options: dict[str, Any]) -> None:
@@ -266,13 +296,24 @@ def prompt(
 @every_half
 @every_mask
 @pytest.mark.parametrize(
-    "dim, rows, threads",
-    [(8, 192, 512), (64, 192, 512), (72, 192, 512), (96, 192, 512), (112, 128, 384), (128, 128, 384), (256, 128, 384)],
+    "dim, rows, threads, batch",
+    [
+        (8, 128, 384, 1),
+        (64, 128, 384, 1),
+        (64, 192, 512, 9),
+        (72, 192, 512, 1),
+        (96, 192, 512, 1),
+        (112, 128, 384, 1),
+        (128, 128, 384, 1),
+        (256, 128, 384, 1),
+    ],
 )
-def test_wgmma_serves_dense_prompts(dtype: torch.dtype, causal: bool, dim: int, rows: int, threads: int) -> None:
+def test_wgmma_serves_dense_prompts(
+    dtype: torch.dtype, causal: bool, dim: int, rows: int, threads: int, batch: int
+) -> None:
     for queries in (64, 512, 513):
-        launch, reason = explain(*prompt(queries=queries, dim=dim, dtype=dtype), causal=causal)
-        tiles = 32 * -(-queries // rows)
+        launch, reason = explain(*prompt(batch, queries=queries, dim=dim, dtype=dtype), causal=causal)
+        tiles = batch * 32 * -(-queries // rows)
         assert launch["kernel"] == "prefill_wgmma" and launch["grid"] == (min(132, tiles), 1, 1), reason
         assert launch["block"] == (threads, 1, 1) and launch["shared_memory"] <= H200["max_shared_memory"]
 

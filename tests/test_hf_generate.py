@@ -110,7 +110,8 @@ def test_ways_to_generate(device: str, options: dict[str, Any]) -> None:
         actual = generate(model, inputs, **options)
     assert torch.equal(actual, expected)
     assert_served(report)
-    assert attention_calls(launches) == LAYERS * 24
+    if device == "cpu":  # replayed graphs do not pass through the launchers
+        assert attention_calls(launches) == LAYERS * 24
 
 
 @pytest.mark.parametrize("kind", ["assistant model", "prompt lookup"])

@@ -1,25 +1,14 @@
 // CPU twin of swiglu_ffn: plain dot products, each rounded to the dtype as torch's matrix products round theirs.
 #include "plan/swiglu_ffn.h"
 
-#include "cpu/math.h"
-#include "cpu/types.h"
+#include "cpu/dot.h"
 
 namespace gqa::cpu {
 namespace {
 
-// Sixteen running sums, so that the loop vectorises.
 template <typename T>
-GQA_INLINE T dot(const T *a, const T *b, int64_t count) {
-  constexpr int kLanes = 16;
-  float sums[kLanes] = {};
-  int64_t at = 0;
-  for (; at + kLanes <= count; at += kLanes) {
-    for (int i = 0; i < kLanes; ++i) sums[i] += to_float(a[at + i]) * to_float(b[at + i]);
-  }
-  for (; at < count; ++at) sums[0] += to_float(a[at]) * to_float(b[at]);
-  float total = 0.0f;
-  for (float sum : sums) total += sum;
-  return from_float<T>(total);
+GQA_INLINE T product(const T *a, const T *b, int64_t count) {
+  return from_float<T>(dot(a, b, count));
 }
 
 template <typename T>
@@ -31,12 +20,12 @@ GQA_CPU_CLONES void ffn_tokens(const gqa_swiglu_ffn_params *p, int64_t first, in
     T *activation = static_cast<T *>(p->activation) + token * p->intermediate;
     T *out = static_cast<T *>(p->out) + token * p->out_features;
     for (int64_t i = 0; i < p->intermediate; ++i) {
-      const float gate = to_float(dot(x, w_gate + i * p->w_gate_stride, p->hidden));
+      const float gate = to_float(product(x, w_gate + i * p->w_gate_stride, p->hidden));
       const T silu = from_float<T>(gate / (1.0f + vector_exp(-gate)));
-      activation[i] = from_float<T>(to_float(silu) * to_float(dot(x, w_up + i * p->w_up_stride, p->hidden)));
+      activation[i] = from_float<T>(to_float(silu) * to_float(product(x, w_up + i * p->w_up_stride, p->hidden)));
     }
     for (int64_t i = 0; i < p->out_features; ++i)
-      out[i] = dot(activation, w_down + i * p->w_down_stride, p->intermediate);
+      out[i] = product(activation, w_down + i * p->w_down_stride, p->intermediate);
   }
 }
 

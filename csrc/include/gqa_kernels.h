@@ -171,6 +171,27 @@ typedef struct gqa_swiglu_params {
 } gqa_swiglu_params;
 
 /*
+ * out = x w^T + bias for few tokens, of one to three matrices at once: their outputs side by side. Sums in float32,
+ * rounded once. CUDA serves 1 ... 16 tokens of float16 or bfloat16 on sm_90; in_features is a multiple of 8, and rows
+ * begin at multiples of 16 bytes.
+ */
+typedef struct gqa_linear_params {
+  uint32_t struct_size;
+  int32_t dtype;
+  const void *x;          /* [tokens, in_features] */
+  const void *weights[3]; /* [out_features[i], in_features]; NULL where out_features[i] is 0 */
+  const void *bias;       /* [sum of out_features] contiguous, or NULL */
+  void *out;              /* [tokens, sum of out_features] */
+  int64_t tokens;
+  int64_t in_features;
+  int64_t out_features[3]; /* the second and third may be 0 */
+  int64_t x_stride;
+  int64_t weight_stride[3];
+  int64_t out_stride;
+  int32_t static_weights; /* 1: nothing that may still run on the device writes the weights; they are read early */
+} gqa_linear_params;
+
+/*
  * The feed-forward block for few tokens: activation = swiglu(x w_gate^T, x w_up^T), out = activation w_down^T. Sums in
  * float32; each matrix product, the silu and the activation are rounded to dtype. CUDA serves 1 ... 16 tokens of
  * float16 or bfloat16 on sm_90; hidden and intermediate are multiples of 8, and rows begin at multiples of 16 bytes.
@@ -192,6 +213,7 @@ typedef struct gqa_swiglu_ffn_params {
   int64_t w_gate_stride;
   int64_t w_up_stride;
   int64_t w_down_stride;
+  int32_t static_weights; /* as in gqa_linear_params */
 } gqa_swiglu_ffn_params;
 
 /* ----------------------------------------------------------------------------------------------- rope -- */
@@ -408,6 +430,7 @@ GQA_DECLARE_OP(add_rmsnorm, gqa_add_rmsnorm_params);
 GQA_DECLARE_OP(residual_add, gqa_residual_add_params);
 GQA_DECLARE_OP(swiglu, gqa_swiglu_params);
 GQA_DECLARE_OP(swiglu_ffn, gqa_swiglu_ffn_params);
+GQA_DECLARE_OP(linear, gqa_linear_params);
 GQA_DECLARE_OP(rope, gqa_rope_params);
 GQA_DECLARE_OP(qk_rmsnorm_rope, gqa_qk_rmsnorm_rope_params);
 GQA_DECLARE_OP(kv_cache_append, gqa_kv_cache_append_params);

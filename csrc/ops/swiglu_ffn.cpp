@@ -3,8 +3,8 @@
 
 #include <array>
 
+#include "ops/products.h"
 #include "ops/rows.h"
-#include "ops/run.h"
 #include "ops/swiglu.h"
 
 namespace gqa::ops {
@@ -64,48 +64,17 @@ gqa_swiglu_ffn_params weights(const Tensor &w_gate, const std::optional<Tensor> 
   return p;
 }
 
-bool has_rows(const Tensor &tensor) { return tensor.size(1) <= 1 || tensor.stride(1) == 1; }
-
-// Whether the fused kernels take the call; if not, the reason.
-const char *refusal(const gqa_swiglu_ffn_params &p, const Tensor &x) {
-  if (!(explaining() ? explain_as_cuda(x.is_cuda()) : x.is_cuda()))
-    return "on the CPU: torch's matrix products around swiglu";
-  gqa_device device = explain_device();
-  if (!explaining()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    if (const gqa_status status = gqa_current_device(&device); status != GQA_STATUS_OK) fail_status(kOp, status);
-  }
-  gqa_plan plan{};
-  const gqa_status status = gqa_swiglu_ffn_plan(&p, &device, &plan);
-  if (status == GQA_STATUS_OK) return nullptr;
-  if (status != GQA_STATUS_UNSUPPORTED) fail_status(kOp, status);
-  return plan.reason;
-}
-
-Tensor linear(const Tensor &x, const Tensor &weight) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor product(const Tensor &x, const Tensor &weight) {
-  if (!explaining()) return linear(x, weight);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = weight.size(0);
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size()});
-}
-
 Tensor by_products(const Tensor &x, const Tensor &w_gate, const std::optional<Tensor> &w_up, const Tensor &w_down,
                    const char *reason) {
   std::optional<Tensor> up;
-  if (w_up.has_value()) up = product(x, *w_up);
-  const Tensor activation = swiglu(product(x, w_gate), up);
+  if (w_up.has_value()) up = product(x, *w_up, std::nullopt);
+  const Tensor activation = swiglu(product(x, w_gate, std::nullopt), up);
   explain_why(reason);
-  return product(activation, w_down);
+  return product(activation, w_down, std::nullopt);
 }
 
-Tensor swiglu_ffn(const Tensor &x, const Tensor &w_gate, const std::optional<Tensor> &w_up, const Tensor &w_down) {
+Tensor swiglu_ffn(const Tensor &x, const Tensor &w_gate, const std::optional<Tensor> &w_up, const Tensor &w_down,
+                  bool static_weights) {
   const int64_t intermediate = check(x, w_gate, w_up, w_down);
   if (x.numel() == 0 || intermediate == 0 || w_down.size(0) == 0) return by_products(x, w_gate, w_up, w_down, nullptr);
   gqa_swiglu_ffn_params p = weights(w_gate, w_up, w_down, intermediate);
@@ -115,7 +84,9 @@ Tensor swiglu_ffn(const Tensor &x, const Tensor &w_gate, const std::optional<Ten
   p.x = x.data_ptr();
   p.x_stride = strided ? rows.stride[1] : p.hidden;
   p.activation = p.out = x.data_ptr();  // until the plan has accepted the call
-  const char *reason = refusal(p, x);
+  p.static_weights = static_weights;
+  constexpr auto kEntry = GQA_ENTRY(kOp, swiglu_ffn, gqa_swiglu_ffn_params);
+  const char *reason = on_cuda(x) ? refusal(kEntry, p, x) : "on the CPU: torch's matrix products around swiglu";
   if (!strided || !has_rows(w_gate) || (w_up.has_value() && !has_rows(*w_up)) || !has_rows(w_down)) {
     reason = "rows are not contiguous: torch's matrix products around swiglu";
   }
@@ -127,7 +98,7 @@ Tensor swiglu_ffn(const Tensor &x, const Tensor &w_gate, const std::optional<Ten
   const Tensor activation = torch::stable::new_empty(x, {scratch.data(), scratch.size()});
   p.activation = activation.data_ptr();
   p.out = out.data_ptr();
-  run(GQA_ENTRY(kOp, swiglu_ffn, gqa_swiglu_ffn_params), p, x, p.hidden * p.intermediate);
+  run(kEntry, p, x, p.hidden * p.intermediate);
   return out;
 }
 

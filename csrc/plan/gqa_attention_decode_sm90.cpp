@@ -9,14 +9,16 @@
 namespace gqa {
 namespace {
 
-constexpr int64_t kTile = 16;        // keys
 constexpr int64_t kMaxRows = 16;     // query tokens times heads of the group
 constexpr int64_t kMaxGrid = 65535;  // in y and z
 constexpr int64_t kMaxInt = 0x7fffffff - 64;
-constexpr int32_t kMinSms = 100;          // a cluster has to fit one of the device's groups of SMs
-constexpr int64_t kLongCapacity = 32768;  // keys from which more, smaller blocks are faster
-constexpr int64_t kManyLong = 4096;       // the same with many sequences
-constexpr int64_t kShare = 131072;        // elements of K of a block, from which on further blocks share them
+constexpr int32_t kMinSms = 100;     // a cluster has to fit one of the device's groups of SMs
+constexpr int64_t kLong = 4096;      // keys from which on some sequences of a batch want several blocks
+constexpr int64_t kManyLong = 2048;  // the same with many sequences
+constexpr int64_t kShare = 1024;     // keys of a block, from which on further blocks share them
+constexpr int64_t kMostBlocks = 16, kMostGrown = 8;
+constexpr int32_t kManyTiles = 4;  // of a warp, before more blocks join in
+constexpr float kFair = 1.1f;      // of an SM's part of all keys: equal sequences just fit
 constexpr int64_t kInvariantBlocks = 8;
 
 std::atomic<int32_t> kernel_override{0};
@@ -49,6 +51,13 @@ bool has_aligned_cache(const gqa_attention_params *p) {
 
 bool fits_rows(const int64_t *stride) { return stride[1] >= 0 && stride[1] <= kMaxInt / 2; }
 
+bool has_many_pairs(const gqa_attention_params *p, const gqa_device *device) { return pairs(p) > 2 * device->num_sms; }
+
+// As many sequences and KV heads as SMs, or nearly so, none of them long.
+bool is_one_wave(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
+  return 2 * pairs(p) > device->num_sms && pairs(p) <= device->num_sms && keys < kLong;
+}
+
 int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
   const int row_tiles = query_rows(p) > 8 ? 2 : 1;
   int shape = 0;
@@ -58,30 +67,27 @@ int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t 
   }
   if (p->head_dim != 128 || row_tiles != 1) return shape;
   if (p->batch_invariant) return shape + 1;
-  // One large block an SM where that makes one wave of clusters of 8, or many short waves; else three small ones.
-  const bool one_wave = 24 * pairs(p) >= device->num_sms && 16 * pairs(p) <= device->num_sms && keys < kLongCapacity;
-  const bool many_waves = pairs(p) > 2 * device->num_sms && keys < kManyLong;
-  return one_wave || many_waves ? shape : shape + 1;
+  // One large block an SM where that makes one wave, or many short ones; else three small ones.
+  const bool waves = is_one_wave(p, device, keys) || (has_many_pairs(p, device) && keys < kManyLong);
+  return 16 * pairs(p) <= device->num_sms || waves ? shape : shape + 1;
 }
 
 // Blocks for a (sequence, KV head): the most that find room at once. Sequences of a batch may differ in length, so that
 // of a large cache each gets more, of which a short one lets go.
 int64_t find_cluster(const gqa_attention_params *p, const gqa_device *device, const DecodeShape &shape, int64_t keys) {
   if (p->batch_invariant) return kInvariantBlocks;  // whatever the batch and the capacity
-  // Blocks to aim for: half an SM's worth of large ones, one an SM, or two of three small ones.
-  const int64_t sms = device->num_sms;
-  const int64_t wanted = shape.resident == 1 ? 5 * sms / 8 : (shape.resident == 2 ? 5 * sms / 4 : 15 * sms / 8);
-  const int64_t largest = shape.resident == 1 ? 8 : 16;
-  int64_t cluster = pairs(p) >= 8 * sms ? 1 : 2;  // of several sequences some are short: halves even that out
-  while (2 * cluster <= largest && 2 * cluster * pairs(p) <= wanted) cluster *= 2;
+  const bool many = has_many_pairs(p, device);
+  if (shape.resident == 1 && (many || is_one_wave(p, device, keys))) return 1;
+  // Blocks to aim for: half an SM's worth of large ones, or two an SM of three small ones.
+  const int64_t wanted = shape.resident < 3 ? 5 * device->num_sms / 8 : 15 * device->num_sms / 8;
+  int64_t cluster = pairs(p) >= 8 * device->num_sms ? 1 : 2;  // of several sequences some are short: halves even it out
+  while (2 * cluster <= kMostBlocks && 2 * cluster * pairs(p) <= wanted) cluster *= 2;
   if (p->batch > 1 && shape.resident > 1) {
-    const bool many = pairs(p) > 2 * sms;
-    const int64_t share = (many ? kShare / 2 : kShare) / shape.dim, most = many ? 8 : 16;
     int64_t grown = cluster;
-    while (2 * grown <= most && 2 * grown * share <= keys) grown *= 2;
-    if (grown > 4 || shape.resident == 2) cluster = grown;
+    while (2 * grown <= kMostGrown && 2 * grown * (many ? kShare / 2 : kShare) <= keys) grown *= 2;
+    if (grown > (many ? 2 : 4)) cluster = grown;
   }
-  const int64_t useful = std::max<int64_t>(1, ceil_div(keys, kTile) / shape.warps);
+  const int64_t useful = std::max<int64_t>(1, ceil_div<int64_t>(keys, shape.tile) / shape.warps);
   while (cluster > useful) cluster /= 2;
   return cluster;
 }
@@ -111,12 +117,17 @@ const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *
 }
 
 DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  DecodePlan plan{find_shape(p, device, keys), 1, 0, DecodeCache::kContiguous, false, 0};
+  DecodePlan plan{find_shape(p, device, keys), 1, 0, 0, false, DecodeCache::kContiguous, false, 0};
   const DecodeShape &shape = kDecodeShapes[plan.shape];
   const int64_t cluster = find_cluster(p, device, shape, keys);
   plan.cluster = static_cast<int32_t>(cluster);
-  const int32_t tiles = p->batch_invariant ? 4 : (pairs(p) > 2 * device->num_sms ? 8 : 1);
-  plan.share = tiles * shape.warps;
+  const bool many = has_many_pairs(p, device);
+  plan.share = (p->batch_invariant || many ? kManyTiles : 1) * shape.warps;
+  plan.balanced = p->batch > 1 && cluster >= kMostGrown;
+  const bool countable = p->batch * p->cache_capacity < kMaxInt;
+  if (plan.balanced && !many && !p->batch_invariant && countable) {
+    plan.fair = kFair * static_cast<float>(p->num_kv_heads) / static_cast<float>(device->num_sms);
+  }
   if (!has_aligned_cache(p)) {
     plan.cache = DecodeCache::kAny;
   } else if (p->block_table.data != nullptr) {
@@ -126,8 +137,8 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
                p->cache_leftpad.data == nullptr && (p->window_left < 0 || p->window_left >= p->cache_capacity) &&
                p->softcap == 0;
   const int64_t slots = ceil_div<int64_t>(query_rows(p) * (shape.dim / 32), cluster);
-  plan.shared_memory =
-      decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.row_tiles) + slots * cluster * kDecodeUnitBytes;
+  plan.shared_memory = decode_fixed_memory(shape.dim, shape.warps, shape.stages, shape.tile, shape.row_tiles) +
+                       slots * cluster * kDecodeUnitBytes;
   return plan;
 }
 

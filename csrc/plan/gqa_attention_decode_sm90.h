@@ -7,13 +7,13 @@ namespace gqa {
 
 // A kernel of gqa_attention_decode_sm90.cuh: `resident` blocks of it fit an SM.
 struct DecodeShape {
-  int dim, warps, stages, row_tiles, resident;
+  int dim, warps, stages, tile, row_tiles, resident;  // tile: keys
 };
 
 constexpr int kDecodeShapeCount = 7;
 constexpr DecodeShape kDecodeShapes[kDecodeShapeCount] = {
-    {64, 8, 3, 1, 2},  {96, 8, 4, 1, 1}, {128, 8, 3, 1, 1}, {128, 4, 2, 1, 3},
-    {256, 3, 2, 1, 2}, {64, 8, 3, 2, 2}, {128, 4, 3, 2, 2},
+    {64, 4, 3, 32, 1, 2},  {96, 8, 4, 16, 1, 1}, {128, 8, 2, 16, 1, 1}, {128, 4, 2, 16, 1, 3},
+    {256, 3, 2, 16, 1, 2}, {64, 8, 3, 16, 2, 2}, {128, 4, 3, 16, 2, 2},
 };
 
 // How cached rows are found: all read the same keys in the same order, so the bytes of the result are the same.
@@ -23,14 +23,16 @@ enum class DecodeCache { kContiguous, kPaged, kAny };  // kAny: rows that do not
 constexpr int kDecodeUnitBytes = 32 * 4 + 8;
 
 // Shared memory of a block without the units it joins: rings, rotated queries, a barrier.
-constexpr int decode_fixed_memory(int dim, int warps, int stages, int row_tiles) {
-  return warps * stages * 2 * 16 * dim * 2 + 8 * row_tiles * (dim + 8) * 2 + 16;
+constexpr int decode_fixed_memory(int dim, int warps, int stages, int tile, int row_tiles) {
+  return warps * stages * 2 * tile * dim * 2 + 8 * row_tiles * (dim + 8) * 2 + 16;
 }
 
 struct DecodePlan {
   int shape;        // index into kDecodeShapes
   int32_t cluster;  // blocks that share the keys of a sequence and KV head, at most
-  int32_t share;    // tiles of 16 keys that a block gets before a sequence is shared out among more
+  int32_t share;    // tiles that a block gets before a sequence is shared out among more
+  float fair;       // the same as a part of the tiles of all sequences, 0 where those do not count
+  bool balanced;    // clusters go where there is most room
   DecodeCache cache;
   bool plain;  // the instance without new keys, rotation, window, padding, softcap and further query tokens
   int64_t shared_memory;

@@ -15,6 +15,7 @@ constexpr int64_t kLongKeys = 1024;               // more, and few tiles are slo
 constexpr int64_t kMaxLength = 1 << 30;           // tokens
 constexpr int64_t kMaxStride = int64_t{1} << 38;  // of a tensor map, in elements
 constexpr int32_t kMinPageRows = 16;
+constexpr int64_t kManyTiles = 2;            // for each multiprocessor: fewer, and smaller ones share out better
 constexpr int64_t kSectionBytes = 24 << 20;  // half of the L2
 
 // Strides of dimensions with one element say nothing.
@@ -35,14 +36,6 @@ bool is_mappable(const int64_t *stride, const int64_t (&size)[3]) {
 bool is_paged(const gqa_attention_params *p) { return p->block_table.data != nullptr; }
 bool is_ragged(const gqa_attention_params *p) { return p->cu_seqlens_q.data != nullptr; }
 bool is_packed(const gqa_attention_params *p) { return p->k_cache == nullptr && p->cu_seqlens_k.data != nullptr; }
-
-int find_shape(const gqa_attention_params *p) {
-  int shape = 0;
-  while (shape < kPrefillShapeCount && kPrefillShapes[shape].dim < p->head_dim) ++shape;
-  const bool wider = shape + 1 < kPrefillShapeCount && kPrefillShapes[shape + 1].dim == kPrefillShapes[shape].dim;
-  const bool masked = p->causal || p->window_left >= 0 || p->window_right >= 0 || is_paged(p);
-  return wider && !masked ? shape + 1 : shape;
-}
 
 int64_t longest_queries(const gqa_attention_params *p) {
   return is_ragged(p) ? std::min(p->seqlen_q, p->total_q) : p->seqlen_q;
@@ -66,6 +59,18 @@ int64_t count_full_tiles(const gqa_attention_params *p, const PrefillShape &shap
   return is_ragged(p) ? std::min(of_tokens, of_sequences) : of_sequences;
 }
 
+int find_shape(const gqa_attention_params *p, const gqa_device *device) {
+  int shape = 0;
+  while (shape < kPrefillShapeCount && kPrefillShapes[shape].dim < p->head_dim) ++shape;
+  if (shape + 1 >= kPrefillShapeCount || kPrefillShapes[shape + 1].dim != kPrefillShapes[shape].dim) return shape;
+  const PrefillShape &large = kPrefillShapes[shape + 1];
+  const bool masked = p->causal || p->window_left >= 0 || p->window_right >= 0 || is_paged(p);
+  const bool fills = large.rows() > kPrefillShapes[shape].rows()
+                         ? count_full_tiles(p, large) >= kManyTiles * device->num_sms
+                         : !masked;
+  return shape + fills;
+}
+
 // Rows of pages are copied in powers of two that divide a block of keys.
 int32_t find_page_rows(const gqa_attention_params *p, const PrefillShape &shape) {
   if (!is_paged(p)) return 0;
@@ -84,7 +89,7 @@ const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device 
   if (is_portable_asked_for()) return "the portable kernels were asked for";
   if (device->compute_capability != 90 || !has_code()) return "wgmma needs compute capability 9.0 and code for sm_90a";
   if (p->dtype == GQA_DTYPE_FLOAT32) return "float32 runs on the CUDA cores, one warp per row";
-  const int shape = find_shape(p);
+  const int shape = find_shape(p, device);
   if (shape >= kPrefillShapeCount) return "wgmma tiles take head_dim up to 256";
   if (device->max_shared_memory < kPrefillShapes[shape].shared_memory()) return "wgmma tiles need more shared memory";
   if (p->num_splits > 0) return "the number of splits was given";
@@ -125,7 +130,7 @@ const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device 
 
 PrefillPlan plan_prefill_sm90(const gqa_attention_params *p, const gqa_device *device) {
   PrefillPlan plan{};
-  plan.shape = find_shape(p);
+  plan.shape = find_shape(p, device);
   const PrefillShape &shape = kPrefillShapes[plan.shape];
   plan.row_tiles = static_cast<int32_t>(count_row_tiles(p, shape));
   plan.tiles = static_cast<int32_t>(all_heads(p) * plan.row_tiles);

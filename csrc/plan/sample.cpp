@@ -21,12 +21,17 @@ int64_t cluster_memory(const gqa_sample_params *p, int64_t blocks) {
   return kSampleClusterCells * int64_t{4} + part_bytes(p, blocks);
 }
 
+// Two blocks for a row, or one where rows are many and short.
+int64_t fewest_blocks(const gqa_sample_params *p, const gqa_device *device) {
+  return p->rows * 2 <= device->num_sms || part_bytes(p, 1) >= 32 * 1024 ? 2 : 1;
+}
+
 // As many blocks for a row as leave every row one SM or more per block, of 8 KB of logits at least; or as many as it
 // takes to hold the row.
 int64_t blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
   // Clusters of 16 need an SM group that is whole: seven such are sure on a full device.
   const int64_t largest = device->num_sms >= 112 && p->rows <= 7 ? 16 : 8;
-  int64_t blocks = 1;
+  int64_t blocks = fewest_blocks(p, device);
   while (blocks < largest && part_bytes(p, blocks) >= 16 * 1024 && p->rows * blocks * 2 <= device->num_sms) blocks *= 2;
   while (blocks < 8 && cluster_memory(p, blocks) + kSampleClusterStatic > device->max_shared_memory) blocks *= 2;
   return blocks;
@@ -34,7 +39,7 @@ int64_t blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
 
 int64_t greedy_blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
   const int64_t largest = device->num_sms >= 112 && p->rows <= 7 ? 16 : 8;
-  int64_t blocks = 1;
+  int64_t blocks = fewest_blocks(p, device);
   while (blocks < largest && part_bytes(p, blocks) >= 16 * 1024 && p->rows * blocks <= device->num_sms) blocks *= 2;
   return blocks;
 }

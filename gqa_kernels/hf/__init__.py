@@ -17,10 +17,22 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 17
 
 from gqa_kernels.hf import attention_function
 from gqa_kernels.hf.families import FAMILIES, Family
+from gqa_kernels.hf.generation import generate, release
 from gqa_kernels.hf.patching import patch, patched, unpatch
 from gqa_kernels.hf.report import ModuleReport, PatchReport
 from gqa_kernels.hf.sampler import GqaSampler
 
-__all__ = ["FAMILIES", "Family", "GqaSampler", "ModuleReport", "PatchReport", "patch", "patched", "unpatch"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "GqaSampler",
+    "ModuleReport",
+    "PatchReport",
+    "generate",
+    "patch",
+    "patched",
+    "release",
+    "unpatch",
+]
 
 attention_function.register()

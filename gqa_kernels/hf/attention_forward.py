@@ -134,6 +134,8 @@ def _attention(
         "sinks": sinks_of(family, module),
     }
     window, tokens = window_of(family, module), q.shape[1]
+    if rotary and tokens > MAX_DECODE_QUERIES:  # the fastest kernels of prefill take rotated q and k
+        (q, k), rotary = gqa_kernels.rope(q, k, cos, sin), {}
     if past is None:
         options.update(rotary, cache_leftpad=leftpad_of(bounds), window_size=_window_size(window, tokens))
         return gqa_kernels.gqa_attention_prefill(q, k, v, **options)

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from gqa_kernels.hf import forwards
 from gqa_kernels.hf.attention_forward import attention_forward
 from gqa_kernels.hf.families import FAMILIES, SILU, Family, activation_of, classes_of
+from gqa_kernels.hf.generation.graphs import release
+from gqa_kernels.hf.generation.loop import generate_forward
 from gqa_kernels.hf.report import ModuleReport, PatchReport
 
-MASKS = "create_masks_for_generate"
+MASKS, GENERATE = "create_masks_for_generate", "generate"
 
 #: For each class of a family: its new forward, and what the report says of it.
 REPLACEMENTS: dict[str, tuple[Any, str]] = {
@@ -78,15 +80,18 @@ def patch(model: nn.Module) -> PatchReport:
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and not hasattr(module, MASKS) and module.can_generate():
                 setattr(module, MASKS, partial(forwards.create_masks_for_generate, module, report, family))
+                if GENERATE not in vars(module):
+                    setattr(module, GENERATE, partial(generate_forward, module, report, family))
     return report
 
 
 def unpatch(model: nn.Module) -> None:
     """Gives every module of ``model`` its own forward back. A model that was not patched stays as it is."""
     for module in model.modules():
-        for name in ("forward", MASKS):
+        for name in ("forward", MASKS, GENERATE):
             if _is_ours(vars(module).get(name)):
                 delattr(module, name)
+        release(module)
 
 
 @contextmanager
@@ -102,7 +107,8 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
 
 
 def _is_ours(bound: object) -> bool:
-    functions = [forward for forward, _ in REPLACEMENTS.values()] + [forwards.create_masks_for_generate]
+    others = [forwards.create_masks_for_generate, generate_forward]
+    functions = [forward for forward, _ in REPLACEMENTS.values()] + others
     return isinstance(bound, partial) and bound.func in functions
 
 

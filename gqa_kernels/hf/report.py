@@ -28,6 +28,8 @@ class PatchReport:
     modules: list[ModuleReport] = field(default_factory=list)
     #: Reasons for which a replaced module used its original forward for some call, with the class that gave it first.
     fallbacks: dict[str, str] = field(default_factory=dict)
+    #: Reasons for which generate() took transformers' own loop instead of one CUDA graph per token.
+    own_loops: list[str] = field(default_factory=list)
 
     @property
     def replaced(self) -> list[ModuleReport]:
@@ -46,11 +48,17 @@ class PatchReport:
             self.fallbacks[reason] = kind
             logger.warning("%s uses its original forward: %s", kind, reason)
 
+    def note_generation(self, reason: str) -> None:
+        if reason not in self.own_loops:
+            self.own_loops.append(reason)
+            logger.info("generate() of %s takes transformers' own loop: %s", self.model, reason)
+
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.replaced)} modules replaced, {len(self.left_alone)} left alone"]
         for title, modules in (("replaced", self.replaced), ("left alone", self.left_alone)):
             lines += [f"  {title:10}  {line}" for line in _grouped(modules)]
         lines += [f"  fell back   {kind}: {reason}" for reason, kind in self.fallbacks.items()]
+        lines += [f"  own loop    generate(): {reason}" for reason in self.own_loops]
         return "\n".join(lines)
 
 

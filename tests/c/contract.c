@@ -108,6 +108,17 @@ static void fill_swiglu(gqa_swiglu_params *p) {
   p->gate_stride[1] = p->up_stride[1] = p->out_stride[1] = 64;
 }
 
+static void fill_linear(gqa_linear_params *p) {
+  START(p);
+  p->dtype = GQA_DTYPE_FLOAT16;
+  p->tokens = 3;
+  p->in_features = p->out_features[0] = p->out_features[1] = 64;
+  p->x = p->weights[0] = p->weights[1] = values;
+  p->out = results[0];
+  p->x_stride = p->weight_stride[0] = p->weight_stride[1] = 64;
+  p->out_stride = 128;
+}
+
 static void fill_swiglu_ffn(gqa_swiglu_ffn_params *p) {
   START(p);
   p->dtype = GQA_DTYPE_FLOAT16;
@@ -282,6 +293,16 @@ int main(void) {
   WITHOUT(swiglu, gate);
   WITHOUT(swiglu, up);
   WITHOUT(swiglu, out);
+
+  ACCEPTS_AND_REFUSES(linear);
+  WITHOUT(linear, x);
+  WITHOUT(linear, weights[0]);
+  WITHOUT(linear, weights[1]);
+  WITHOUT(linear, out);
+  WITH(linear, in_features = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(linear, out_features[0] = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(linear, out_features[2] = -1, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(linear, tokens = -1, GQA_STATUS_INVALID_ARGUMENT);
 
   ACCEPTS_AND_REFUSES(swiglu_ffn);
   WITHOUT(swiglu_ffn, x);

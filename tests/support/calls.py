@@ -15,18 +15,18 @@ Make = Callable[..., Tensor]
 HEADS = [(1, 1), (2, 1), (4, 4), (8, 2), (7, 1), (14, 2), (32, 8)]
 
 
-def _maker(rng: random.Random, device: str) -> Make:
+def _maker(rng: random.Random) -> Make:
     dtype = rng.choice([torch.float32, torch.float16, torch.bfloat16])
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
 
     def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     return make
 
 
-def _ints(values: list[Any], device: str) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+def _ints(values: list[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def _tables(make: Make, rows: int, rotary_dim: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def _heads(rng: random.Random) -> tuple[int, int, int]:
     return q_heads, kv_heads, rng.choice([8, 32, 64, 96, 128, 256])
 
 
-def _cache(rng: random.Random, make: Make, device: str, batch: int, capacity: int, kv_heads: int, dim: int) -> Call:
+def _cache(rng: random.Random, make: Make, batch: int, capacity: int, kv_heads: int, dim: int) -> Call:
     """(k_cache, v_cache), {block_table}: contiguous or paged."""
     if rng.random() < 0.5:
         return (make(batch, capacity, kv_heads, dim), make(batch, capacity, kv_heads, dim)), {}
@@ -47,7 +47,7 @@ def _cache(rng: random.Random, make: Make, device: str, batch: int, capacity: in
     order = rng.sample(range(batch * pages), batch * pages)
     table = [order[b * pages : (b + 1) * pages] for b in range(batch)]
     pool = (make(batch * pages, page, kv_heads, dim), make(batch * pages, page, kv_heads, dim))
-    return pool, {"block_table": _ints(table, device)}
+    return pool, {"block_table": _ints(table)}
 
 
 def _attention_options(rng: random.Random, make: Make, q_heads: int, rows: int, dim: int) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def _attention_options(rng: random.Random, make: Make, q_heads: int, rows: int, 
     return options
 
 
-def _prefill(rng: random.Random, device: str) -> Call:
-    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+def _prefill(rng: random.Random) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng), _heads(rng)
     batch, seqlen = rng.randrange(1, 4), rng.randrange(1, 50)
     options = _attention_options(rng, make, q_heads, 512, dim)
     if rng.random() < 0.3:
@@ -74,7 +74,7 @@ def _prefill(rng: random.Random, device: str) -> Call:
     kind = rng.choice(["dense", "ragged", "cache"])
     if kind == "ragged":
         lengths = [rng.randrange(0, seqlen + 1) for _ in range(batch)]
-        ends = _ints([sum(lengths[:i]) for i in range(batch + 1)], device)
+        ends = _ints([sum(lengths[:i]) for i in range(batch + 1)])
         options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
         tokens = sum(lengths)
         return (make(tokens, q_heads, dim), make(tokens, kv_heads, dim), make(tokens, kv_heads, dim)), options
@@ -85,14 +85,14 @@ def _prefill(rng: random.Random, device: str) -> Call:
     )
     if kind == "cache":
         prefix = rng.randrange(0, 60)
-        caches, paged = _cache(rng, make, device, batch, prefix + seqlen + 5, kv_heads, dim)
+        caches, paged = _cache(rng, make, batch, prefix + seqlen + 5, kv_heads, dim)
         args += caches
-        options |= paged | {"cache_seqlens": _ints([rng.randrange(0, prefix + 1) for _ in range(batch)], device)}
+        options |= paged | {"cache_seqlens": _ints([rng.randrange(0, prefix + 1) for _ in range(batch)])}
     return args, options
 
 
-def _decode(rng: random.Random, device: str) -> Call:
-    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+def _decode(rng: random.Random) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng), _heads(rng)
     batch, capacity = rng.choice([(1, 4096), (1, 100), (3, 300), (5, 70)])
     seqlen = rng.choice([1, 1, 2, 5, 16])
     options = _attention_options(rng, make, q_heads, capacity, dim)
@@ -100,35 +100,35 @@ def _decode(rng: random.Random, device: str) -> Call:
         options["num_splits"] = rng.randrange(1, 9)
     if rng.random() < 0.3:
         options["batch_invariant"] = True
-    caches, paged = _cache(rng, make, device, batch, capacity, kv_heads, dim)
+    caches, paged = _cache(rng, make, batch, capacity, kv_heads, dim)
     lengths = [rng.randrange(seqlen, capacity - seqlen + 1) for _ in range(batch)]
-    options |= paged | {"cache_seqlens": _ints(lengths, device)}
+    options |= paged | {"cache_seqlens": _ints(lengths)}
     args: tuple[Any, ...] = (make(batch, seqlen, q_heads, dim), *caches)
     if rng.random() < 0.5 or "rotary_cos" in options:
         args += (make(batch, seqlen, kv_heads, dim), make(batch, seqlen, kv_heads, dim))
     return args, options
 
 
-def _append(rng: random.Random, device: str) -> Call:
-    make, (_, kv_heads, dim) = _maker(rng, device), _heads(rng)
+def _append(rng: random.Random) -> Call:
+    make, (_, kv_heads, dim) = _maker(rng), _heads(rng)
     batch, seqlen, capacity = rng.randrange(1, 4), rng.randrange(1, 20), 64
-    caches, options = _cache(rng, make, device, batch, capacity, kv_heads, dim)
-    options["cache_seqlens"] = _ints([rng.randrange(0, capacity - seqlen + 1) for _ in range(batch)], device)
+    caches, options = _cache(rng, make, batch, capacity, kv_heads, dim)
+    options["cache_seqlens"] = _ints([rng.randrange(0, capacity - seqlen + 1) for _ in range(batch)])
     if rng.random() < 0.5:
         options["rotary_cos"], options["rotary_sin"] = _tables(make, capacity, dim)
     new = make(batch, seqlen, kv_heads, dim), make(batch, seqlen, kv_heads, dim)
     return (*new, *caches), options
 
 
-def _merge(rng: random.Random, device: str) -> Call:
-    make, (q_heads, _, dim) = _maker(rng, device), _heads(rng)
+def _merge(rng: random.Random) -> Call:
+    make, (q_heads, _, dim) = _maker(rng), _heads(rng)
     parts, batch, seqlen = rng.randrange(1, 6), rng.randrange(1, 4), rng.randrange(1, 9)
     outs, lses = make(parts, batch, seqlen, q_heads, dim), make(parts, batch, q_heads, seqlen, dtype=torch.float32)
     return (outs, lses), {}
 
 
-def _rope(rng: random.Random, device: str) -> Call:
-    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+def _rope(rng: random.Random) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng), _heads(rng)
     batch, seqlen = rng.randrange(1, 4), rng.randrange(1, 40)
     rotary_dim = rng.choice([dim, dim // 2])
     k = make(batch, seqlen, kv_heads, dim) if rng.random() < 0.8 else None
@@ -136,8 +136,8 @@ def _rope(rng: random.Random, device: str) -> Call:
     return (make(batch, seqlen, q_heads, dim), k, *_tables(make, 64, rotary_dim)), options
 
 
-def _norm_rope(rng: random.Random, device: str) -> Call:
-    make, (q_heads, kv_heads, dim) = _maker(rng, device), _heads(rng)
+def _norm_rope(rng: random.Random) -> Call:
+    make, (q_heads, kv_heads, dim) = _maker(rng), _heads(rng)
     batch, seqlen = rng.randrange(1, 4), rng.randrange(1, 40)
     options: dict[str, Any] = {"interleaved": True} if rng.random() < 0.3 else {}
     if rng.random() < 0.3:
@@ -150,30 +150,40 @@ def _width(rng: random.Random) -> int:
     return rng.choice([8, 100, 896, 4096, 4100])
 
 
-def _norm(inputs: int) -> Callable[[random.Random, str], Call]:
-    def call(rng: random.Random, device: str) -> Call:
-        make, rows, width = _maker(rng, device), rng.randrange(1, 40), _width(rng)
+def _norm(inputs: int) -> Callable[[random.Random], Call]:
+    def call(rng: random.Random) -> Call:
+        make, rows, width = _maker(rng), rng.randrange(1, 40), _width(rng)
         return (*(make(rows, width) for _ in range(inputs)), make(width), 1e-5), {}
 
     return call
 
 
-def _pair(rng: random.Random, device: str) -> Call:
-    make, rows, width = _maker(rng, device), rng.randrange(1, 40), _width(rng)
+def _pair(rng: random.Random) -> Call:
+    make, rows, width = _maker(rng), rng.randrange(1, 40), _width(rng)
     return (make(rows, width), make(rows, width)), {}
 
 
-def _ffn(rng: random.Random, device: str) -> Call:
+def _ffn(rng: random.Random) -> Call:
     """Of few tokens mostly, as the fused kernels want them."""
-    make, tokens = _maker(rng, device), rng.choice([1, 2, 8, 16, 30])
+    make, tokens = _maker(rng), rng.choice([1, 2, 8, 16, 30])
     hidden, intermediate, out = rng.choice([(64, 176, 64), (8, 8, 8), (264, 520, 40), (33, 50, 17)])
     gate, up = make(intermediate, hidden) / 8, make(intermediate, hidden) / 8
     weights = (torch.cat([gate, up]),) if rng.random() < 0.5 else (gate, up)
     return (make(tokens, hidden), *weights, make(out, intermediate) / 8), {}
 
 
-def _sample(rng: random.Random, device: str) -> Call:
-    make, rows, vocab = _maker(rng, device), rng.randrange(1, 6), rng.choice([5, 1000, 32000])
+def _linear(rng: random.Random) -> Call:
+    """Of few tokens mostly, as the streaming kernel wants them."""
+    make, tokens = _maker(rng), rng.choice([1, 2, 8, 16, 30])
+    inside, outs = rng.choice([(64, (176,)), (8, (8, 8, 3)), (264, (520, 40)), (33, (50, 17))])
+    options: dict[str, Any] = {"bias": make(sum(outs))} if rng.random() < 0.5 else {}
+    if rng.random() < 0.5:
+        options["static_weights"] = True
+    return (make(tokens, inside), *(make(out, inside) / 8 for out in outs)), options
+
+
+def _sample(rng: random.Random) -> Call:
+    make, rows, vocab = _maker(rng), rng.randrange(1, 6), rng.choice([5, 1000, 32000])
     options: dict[str, Any] = {"seed": rng.randrange(100)}
     if rng.random() < 0.7:
         options["temperature"] = rng.choice([0.0, 0.7])
@@ -188,19 +198,20 @@ def _sample(rng: random.Random, device: str) -> Call:
         options["logit_bias"] = make(*rng.choice([(vocab,), (rows, vocab)]))
     if rng.random() < 0.3:
         words = [rng.randrange(-(2**31), 2**31) for _ in range(rows * -(-vocab // 32))]
-        options["allowed_bitmask"] = _ints(words, device).view(rows, -1)
+        options["allowed_bitmask"] = _ints(words).view(rows, -1)
     if rng.random() < 0.3:
-        options["token_counts"] = _ints(rng.choices([0, 0, -1, 1, 3], k=rows * vocab), device).view(rows, vocab)
+        options["token_counts"] = _ints(rng.choices([0, 0, -1, 1, 3], k=rows * vocab)).view(rows, vocab)
         for name in rng.sample(["repetition_penalty", "frequency_penalty", "presence_penalty"], 2):
             options[name] = make(*rng.choice([(), (rows,)]), dtype=torch.float32).abs() + 0.5
     return (logits,), options
 
 
-CALLS: dict[str, Callable[[random.Random, str], Call]] = {
+CALLS: dict[str, Callable[[random.Random], Call]] = {
     "add_rmsnorm": _norm(2),
     "gqa_attention_decode": _decode,
     "gqa_attention_prefill": _prefill,
     "kv_cache_append": _append,
+    "linear": _linear,
     "merge_attention_states": _merge,
     "qk_rmsnorm_rope": _norm_rope,
     "residual_add": _pair,
@@ -214,4 +225,10 @@ CALLS: dict[str, Callable[[random.Random, str], Call]] = {
 
 
 def random_call(op: str, seed: int, device: str) -> Call:
-    return CALLS[op](random.Random(f"{op} {seed}"), device)
+    """Made on the CPU, then moved: a copy counts as initialised memory where a sanitizer watches our kernels alone."""
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    args, options = CALLS[op](random.Random(f"{op} {seed}"))
+    return tuple(map(move, args)), {name: move(value) for name, value in options.items()}

@@ -23,10 +23,13 @@ struct Args {
   int32_t units;           // of 32 dimensions of a query row
   int32_t share;           // tiles of keys below which a sequence is not shared out among twice the blocks
   int32_t early;           // load ahead of the length
-  float scale, softcap;    // scale: of log2 units, or before the softcap
+  int32_t batch, turns;
+  float
+      fair;  // part of the tiles of all sequences below which one is not shared out either; 0 if they are not looked at
+  float scale, softcap;  // scale: of log2 units, or before the softcap
   gqa_index cache_leftpad, block_table;
   uint32_t page_size, page_magic, page_shift;  // row / page_size == row * page_magic >> page_shift
-  int32_t num_pages, paged_tiles;              // paged_tiles: no tile crosses a page
+  int32_t num_pages, paged_tiles;              // paged_tiles: no 16 rows cross a page
   const char *k, *v;
   int64_t k_in[3], v_in[3];
   char *out;
@@ -68,6 +71,9 @@ inline Args make_args(const gqa_attention_params &p, const DecodePlan &plan) {
   a.units = a.rows * (p.head_dim / 32);
   a.share = plan.share;
   a.early = p.batch == 1;
+  a.batch = static_cast<int32_t>(p.batch);
+  a.fair = plan.fair;
+  a.turns = plan.fair > 0;
   a.scale = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;
   a.softcap = p.softcap;
   a.cache_leftpad = p.cache_leftpad;

@@ -1,6 +1,7 @@
 // What a block of the Hopper decode kernels is about: its sequence, KV head and share of the cached keys.
 #pragma once
 
+#include "cuda/common/cluster.cuh"
 #include "cuda/common/vec.cuh"
 #include "cuda/gqa_attention_decode_sm90/args.h"
 #include "plan/gqa_attention_decode_sm90.h"
@@ -8,18 +9,19 @@
 namespace gqa::cuda::decode_sm90 {
 
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kTile = 16;  // keys
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
 // kPlain_: one query token, no new keys, rotation, window, padding or softcap: short code for the calls that want
 // least.
-template <typename T_, int kDim_, int kWarps_, int kStages_, int kRowTiles_, DecodeCache kCache_, bool kPlain_>
+template <typename T_, int kDim_, int kWarps_, int kStages_, int kTile_, int kRowTiles_, DecodeCache kCache_,
+          bool kPlain_>
 struct Config {
   using T = T_;
   static constexpr int kDim = kDim_;
   static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
   static constexpr int kStages = kStages_;                             // tiles of K and V that a warp has room for
+  static constexpr int kTile = kTile_, kSteps = kTile / 16;            // keys of a tile, and products along them
   static constexpr int kRowTiles = kRowTiles_;                         // groups of 8 query rows
   static constexpr bool kPaged = kCache_ != DecodeCache::kContiguous;  // rows are found through `Place`
   static constexpr bool kAligned = kCache_ != DecodeCache::kAny;
@@ -47,7 +49,8 @@ struct Config {
   // A unit is 32 dimensions of a row; unit u belongs to block u % blocks, which gets it from each block.
   static constexpr int kUnitBytes = 32 * 4 + 8;
 
-  static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages, kRowTiles) && kUnitBytes == kDecodeUnitBytes);
+  static_assert(kParts == decode_fixed_memory(kDim, kWarps, kStages, kTile, kRowTiles) &&
+                kUnitBytes == kDecodeUnitBytes);
 };
 
 // Address of 16-byte chunk 2 d + (chunk 0 or 1 of this lane) of this lane's row: `lane_at` is that of d = 0.
@@ -70,16 +73,41 @@ struct Keys {
   __device__ int high(int i) const { return start + i + 1; }
 };
 
+// Keeps the compiler from working x out again where it is used: in a register it costs no latency.
+template <typename X>
+__device__ __forceinline__ void keep(X &x) {
+  if constexpr (sizeof(X) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
+}
+
 // Where this thread stands and what its block is about. The first 2^blocks_log of the cluster's blocks share the keys:
 // cached tiles go round all their warps, and this one takes first, first + stride ... below tile_end.
 template <typename C>
 struct Block {
-  int warp, lane, r, c, rank, blocks_log, b, head;
+  uint32_t key_offset, value_offset;  // in a tile, of what this lane addresses of K and V
+  int warp, lane, r, c, rank, turn, blocks_log, b, head;
   Keys keys;
   int first, stride, tile_end;
   int row_low, row_high;  // cached rows that anyone sees
   const char *k_head, *v_head;
 
+  __device__ void find_lane() {
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // volatile: read once
+    warp = __shfl_sync(~0u, threadIdx.x / 32, 0), r = lane / 4, c = lane % 4;
+    key_offset = lane_offset<C>(lane % 16, lane / 16);
+    value_offset = lane_offset<C>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    keep(key_offset), keep(value_offset), keep(r), keep(c);
+  }
+  // Ranks start at another block in each cluster, or those of short sequences would all meet on the same SMs.
+  __device__ void find_rank(const Args &p) {
+    const uint32_t pair = blockIdx.y + gridDim.y * blockIdx.z;
+    turn = p.turns ? pair * 0x9e3779b1u >> 28 : 0;
+    rank = (cluster_rank() + turn) & (cluster_size() - 1);
+  }
+  __device__ uint32_t block_of(uint32_t at_rank) const { return (at_rank - turn) & (cluster_size() - 1); }
   __device__ int blocks() const { return 1 << blocks_log; }
   // Units that this block owns, and the most that any does.
   __device__ int slots(const Args &p) const { return (p.units - rank + blocks() - 1) >> blocks_log; }
@@ -125,20 +153,42 @@ struct Length {
   }
 };
 
+// Tiles below which a sequence is not shared out among twice the blocks: with a batch of few sequences a fair part of
+// all tiles, so that equal ones get a block or two each, and a long one among short ones many. `first`: the length of
+// sequence `lane`.
+template <typename C>
+__device__ int find_share(const Args &p, const Block<C> &t, const Length &first) {
+  if (p.fair == 0) return p.share;
+  const auto tiles_of = [&](int cached) {
+    const int keys = cached < 0 || cached > p.capacity ? 0
+                     : p.window_left < 0               ? cached
+                                                       : min(cached, p.window_left + 1);
+    return static_cast<uint32_t>(keys + C::kTile - 1) / C::kTile;
+  };
+  uint32_t tiles = t.lane < p.batch ? tiles_of(first.value()) : 0;
+  for (int b = t.lane + 32; b < p.batch; b += 32) {
+    Length length;
+    length.load(p.cache_seqlens, b, 0);
+    tiles += tiles_of(length.value());
+  }
+  tiles = __reduce_add_sync(~0u, tiles);
+  return max(p.share, static_cast<int>(p.fair * tiles) + 1);
+}
+
 // The sequence's lengths, the blocks that share its keys and where this warp's tiles begin and end.
 template <typename C>
-__device__ bool divide(const Args &p, int cached, int leftpad, Block<C> *t) {
+__device__ bool divide(const Args &p, int cached, int leftpad, int share, Block<C> *t) {
   const int new_keys = !C::kPlain && p.k != nullptr ? p.seqlen_q : 0;
   // capacity + 16 fits 32 bits
   const bool valid = cached >= 0 && cached <= p.capacity - new_keys && leftpad >= 0;
   cached = valid ? cached : 0;
   t->keys = {cached + new_keys - p.seqlen_q, cached, cached + new_keys, min(leftpad, p.capacity), p.window_left};
   t->row_low = C::kPlain ? 0 : max(t->keys.low(0), 0), t->row_high = cached;
-  const int start = static_cast<uint32_t>(t->row_low) / kTile;
+  const int start = static_cast<uint32_t>(t->row_low) / C::kTile;
   t->first = start + t->rank * C::kWarps + t->warp;
-  t->tile_end = t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + kTile - 1) / kTile) : start;
+  t->tile_end = t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + C::kTile - 1) / C::kTile) : start;
 #pragma unroll 1
-  while (t->blocks_log > 0 && t->tile_end - start <= p.share << (t->blocks_log - 1)) --t->blocks_log;
+  while (t->blocks_log > 0 && (t->tile_end - start - 1) >> (t->blocks_log - 1) < share) --t->blocks_log;
   t->stride = C::kWarps << t->blocks_log;
   return valid;
 }

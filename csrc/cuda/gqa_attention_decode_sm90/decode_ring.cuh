@@ -39,37 +39,39 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
                        const Queries<C> &queries, Place<C> ahead, char *ring, Sums<C> *sums) {
   const uint32_t ring_base = shared_address(ring);
   int offset = 0;
+  if (C::kPlain && work.cached > 0 && (work.first + 1) * C::kTile > t.row_high) {
+    copy_async_wait<C::kStages - 1>();  // loaded ahead of the length: nobody sees the values from there on
+    __syncwarp();
+    const int seen = t.row_high - work.first * C::kTile;
+    for (int at = seen * C::kRowBytes + 16 * t.lane; at < C::kTileBytes; at += 512) {
+      store_shared16(ring_base + C::kTileBytes + at, {});
+    }
+  }
 #pragma unroll 1
   for (int i = 0; i < work.cached + work.has_new; ++i) {
     const int tile = work.tile(i), next = work.tile(i + C::kStages);
     const uint32_t stage = ring_base + offset;
     const bool is_new = !C::kPlain && i == work.new_at, refills = next < t.tile_end;
-    const int key = is_new ? t.keys.cached : tile * kTile, end = is_new ? t.keys.total : t.row_high;
+    const int key = is_new ? t.keys.cached : tile * C::kTile, end = is_new ? t.keys.total : t.row_high;
     if (is_new && i < C::kStages - 1) {
       copy_async_wait<0>();  // the last tile of this warp, loaded with the last group
     } else {
       copy_async_wait<C::kStages - 1>();
     }
-    if (C::kPlain && i == 0 && key + kTile > end) {  // loaded ahead of the length: nobody sees the values from `end` on
-      __syncwarp();
-      for (int at = (end - key) * C::kRowBytes + 16 * t.lane; at < C::kTileBytes; at += 512) {
-        store_shared16(stage + C::kTileBytes + at, {});
-      }
-    }
     __syncwarp();
     if (is_new) append_new_keys(p, t, ring + offset);
-    uint32_t weights[C::kRowTiles][2];
-    sums->score(p, t, queries, stage, key, end, weights, [&] {
-      __syncwarp();
-      if (refills) loader.load_k(p, t, ahead, next, stage);
-    });
-    sums->add(p, t, stage + C::kTileBytes, key, end, weights);
+    Scores<C> scores;
+    Values<C> values;
+    Sums<C>::read(t, queries, stage, &scores, &values);
     __syncwarp();
     if (refills) {
-      loader.load_v(p, t, ahead, next, stage);
+      loader.load(p, t, ahead, next, stage);
       ahead.find(p, t, next + work.stride);
     }
     copy_async_commit();
+    uint32_t weights[C::kSteps][C::kRowTiles][2];
+    sums->weigh(p, t, key, end, &scores, weights);
+    sums->add(p, t, values, key, end, weights);
     offset = offset + C::kStageBytes == C::kWarpBytes ? 0 : offset + C::kStageBytes;
   }
 }
@@ -81,29 +83,31 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   extern __shared__ __align__(1024) char shared[];
   const uint32_t shared_base = shared_address(shared);
   Block<C> t;
-  t.warp = __shfl_sync(~0u, threadIdx.x / 32, 0), t.lane = threadIdx.x % 32, t.r = t.lane / 4, t.c = t.lane % 4;
-  t.rank = cluster_rank(), t.blocks_log = 31 - __clz(cluster_size());
+  t.find_lane();
   t.head = blockIdx.y, t.b = blockIdx.z;
+  t.blocks_log = 31 - __clz(cluster_size());
+  t.find_rank(p);
   const bool shares = t.blocks_log > 0, early = C::kPlain && p.early;
-  const Loader<C> loader(t.lane);
   char *ring = shared + t.warp * C::kWarpBytes;
   wait_for_prerequisites();
   Length length, padding;
   length.load(p.cache_seqlens, t.b, t.lane * p.zero);
+  Length others{};  // of sequence `lane`
+  if (p.fair > 0) others.load(p.cache_seqlens, min(t.lane, p.batch - 1), 0);
   if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
   t.find_heads(p);
+  const Loader<C> loader(p, t);
   const bool rotates = !C::kPlain && p.rotary.cos != nullptr;
   Queries<C> queries;
   if (!rotates) queries.load(p, t);  // ahead of the keys, or they would arrive after them
   if constexpr (C::kPlain) {
     if (early) {  // rows below the capacity exist: the first tile is loaded whatever the length
-      t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + kTile - 1) / kTile;
+      t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + C::kTile - 1) / C::kTile;
       const int tile = t.rank * C::kWarps + t.warp;
       Place<C> place;
       place.find(p, t, tile);
       if (tile < t.tile_end) {
-        loader.load_k(p, t, place, tile, shared_address(ring));
-        loader.load_v(p, t, place, tile, shared_address(ring));
+        loader.load(p, t, place, tile, shared_address(ring));
       }
     }
   }
@@ -116,7 +120,8 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
   }
   const Output output(p, t);
 
-  bool valid = divide(p, length.value(), C::kPlain ? 0 : padding.value(), &t);
+  const int share = find_share(p, t, others);
+  bool valid = divide(p, length.value(), C::kPlain ? 0 : padding.value(), share, &t);
   valid = __shfl_sync(~0u, valid, 0);
   t.make_uniform();
   if (t.rank >= t.blocks()) {  // too short a sequence to be shared out as far as here
@@ -139,8 +144,7 @@ __global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid
     const int tile = work.first + s * work.stride;
     const uint32_t stage = shared_address(ring) + s * C::kStageBytes;
     if (tile < t.tile_end && s != work.new_at && (s > 0 || !early)) {
-      loader.load_k(p, t, place[s], tile, stage);
-      loader.load_v(p, t, place[s], tile, stage);
+      loader.load(p, t, place[s], tile, stage);
     }
     if (s < C::kStages - 1) copy_async_commit();
   }

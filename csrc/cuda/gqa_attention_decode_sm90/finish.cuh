@@ -45,7 +45,7 @@ template <typename C>
 __device__ void push_sums(const Args &p, const Block<C> &t, char *shared, uint32_t shared_base) {
   const int weights = C::kParts + (t.most_slots(p) << t.blocks_log) * 128;
   join_warps<C>(p, shared, [&](int unit, int lane, float4 o, float top, float sum) {
-    const uint32_t owner = unit & (t.blocks() - 1), part = (unit - owner) + t.rank;
+    const uint32_t rank = unit & (t.blocks() - 1), part = (unit - rank) + t.rank, owner = t.block_of(rank);
     const uint32_t barrier = map_to_rank(shared_base + C::kBarrier, owner);
     push(map_to_rank(shared_base + C::kParts + part * 128 + lane * 16, owner), o.x, o.y, o.z, o.w, barrier);
     if (lane == 0) push(map_to_rank(shared_base + weights + part * 8, owner), top, sum, barrier);

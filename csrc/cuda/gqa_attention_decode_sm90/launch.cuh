@@ -7,9 +7,9 @@
 namespace gqa::cuda::decode_sm90 {
 
 template <typename T, int kShape, DecodeCache kCache, bool kPlain>
-gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_t stream) {
+gqa_status launch_instance(const Args &args, bool balanced, const gqa_launch &plan, cudaStream_t stream) {
   constexpr DecodeShape kIs = kDecodeShapes[kShape];
-  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.row_tiles, kCache, kPlain>;
+  using C = Config<T, kIs.dim, kIs.warps, kIs.stages, kIs.tile, kIs.row_tiles, kCache, kPlain>;
   constexpr auto kKernel = &decode_ring<C, kIs.resident>;
   const auto *function = reinterpret_cast<const void *>(kKernel);
   log_launch(plan);
@@ -18,7 +18,7 @@ gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_
   if (plan.num_splits > 8) {
     GQA_RETURN_IF_ERROR(check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
   }
-  cudaLaunchAttribute attributes[2] = {{}, programmatic_attribute()};
+  cudaLaunchAttribute attributes[3] = {{}, programmatic_attribute(), {}};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(plan.num_splits), 1, 1};
   cudaLaunchConfig_t config{};
@@ -27,16 +27,18 @@ gqa_status launch_instance(const Args &args, const gqa_launch &plan, cudaStream_
   config.dynamicSmemBytes = plan.shared_memory;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  attributes[2].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+  attributes[2].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
+  config.numAttrs = balanced ? 3 : 2;
   return check_cuda(cudaLaunchKernelEx(&config, kKernel, args));
 }
 
 template <typename T, int kShape, DecodeCache kCache>
 gqa_status launch_cache(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   if constexpr (kCache != DecodeCache::kAny) {
-    if (decode.plain) return launch_instance<T, kShape, kCache, true>(args, plan, stream);
+    if (decode.plain) return launch_instance<T, kShape, kCache, true>(args, decode.balanced, plan, stream);
   }
-  return launch_instance<T, kShape, kCache, false>(args, plan, stream);
+  return launch_instance<T, kShape, kCache, false>(args, decode.balanced, plan, stream);
 }
 
 template <typename T, int kDim, int kShape = 0>

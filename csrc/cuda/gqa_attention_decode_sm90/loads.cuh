@@ -21,7 +21,14 @@ __device__ __forceinline__ void store_unaligned16(char *to, uint4 value) {
   for (int i = 0; i < 8; ++i) x[i] = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
 }
 
-// Page of row `lane % 16` of a tile, or of the nearest row that is seen; -1 for a bad one.
+// One instruction, which the compiler does not see in 64-bit arithmetic.
+__device__ __forceinline__ const char *row_at(const char *from, int row, int row_bytes) {
+  const char *at;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(row_bytes), "l"(from));
+  return at;
+}
+
+// Page of row `lane % kTile` of a tile, or of the nearest row that is seen; -1 for a bad one.
 template <typename C>
 struct Place {
   int page = 0;
@@ -36,7 +43,7 @@ struct Place {
   }
   __device__ void find(const Args &p, const Block<C> &t, int tile) {
     if constexpr (C::kPaged) {
-      const int row = min(max(tile * kTile + t.lane % kTile, t.row_low), t.row_high - 1);
+      const int row = min(max(tile * C::kTile + t.lane % C::kTile, t.row_low), t.row_high - 1);
       if (tile < t.tile_end) page = look_up(p, t.b, row);
     }
   }
@@ -54,22 +61,29 @@ struct Place {
 template <typename C>
 struct Loader {
   static constexpr int kPeriod = 32 % C::kChunks == 0 ? 1 : 3;
-  static constexpr int kPeriodRows = 32 * kPeriod / C::kChunks, kRepeats = kTile / kPeriodRows;
-  static_assert(kPeriodRows * C::kChunks == 32 * kPeriod && kRepeats * kPeriodRows == kTile);
+  static constexpr int kPeriodRows = 32 * kPeriod / C::kChunks, kRepeats = C::kTile / kPeriodRows;
+  static_assert(kPeriodRows * C::kChunks == 32 * kPeriod && kRepeats * kPeriodRows == C::kTile &&
+                16 % kPeriodRows == 0);
 
   int row[kPeriod], chunk[kPeriod];
   uint32_t to[kPeriod];
+  const char *k[kPeriod], *v[kPeriod];  // where those chunks of the head lie, of a tile at row 0
+  int k_row, v_row;
 
-  __device__ explicit Loader(int lane) {
+  __device__ Loader(const Args &p, const Block<C> &t) : k_row(p.k_row), v_row(p.v_row) {
 #pragma unroll
     for (int i = 0; i < kPeriod; ++i) {
-      row[i] = static_cast<uint32_t>(32 * i + lane) / C::kChunks;
-      chunk[i] = static_cast<uint32_t>(32 * i + lane) % C::kChunks;
+      row[i] = static_cast<uint32_t>(32 * i + t.lane) / C::kChunks;
+      chunk[i] = static_cast<uint32_t>(32 * i + t.lane) % C::kChunks;
       to[i] = row[i] * C::kRowBytes + ((chunk[i] ^ C::swizzle(row[i])) << 4);
+      k[i] = t.k_head + static_cast<int64_t>(row[i]) * k_row + chunk[i] * 16;
+      v[i] = t.v_head + static_cast<int64_t>(row[i]) * v_row + chunk[i] * 16;
+      keep(to[i]), keep(row[i]), keep(k[i]), keep(v[i]);
     }
+    keep(k_row), keep(v_row);
   }
 
-  // Calls copy(row in the tile, chunk, shared address) for each copy of this lane into the tile at `address`.
+  // Calls copy(i, rows ahead of row[i], shared address) for each copy of this lane into the tile at `address`.
   template <typename Copy>
   __device__ void for_each(uint32_t address, Copy &&copy) const {
 #pragma unroll
@@ -77,45 +91,60 @@ struct Loader {
 #pragma unroll
       for (int i = 0; i < kPeriod; ++i) {
         const int ahead = m * kPeriodRows;
-        copy(row[i] + ahead, chunk[i], ((address + to[i]) ^ (C::swizzle(ahead) << 4)) + ahead * C::kRowBytes);
+        copy(i, ahead, ((address + to[i]) ^ (C::swizzle(ahead) << 4)) + ahead * C::kRowBytes);
       }
     }
   }
 
-  // Starts the copies of a tile's K or V. Rows that nobody sees become zeros without being read.
-  __device__ void load(const Args &p, const Block<C> &t, const Place<C> &place, int tile, const char *head,
-                       int64_t outer, int row_bytes, uint32_t address) const {
-    const int first = tile * kTile;
+  // Starts the copies of a tile. Rows that nobody sees become zeros without being read.
+  __device__ void load(const Args &p, const Block<C> &t, const Place<C> &place, int tile, uint32_t stage) const {
+    const int first = tile * C::kTile;
     const uint32_t skipped = t.row_low - first, seen = t.row_high - t.row_low;
     const auto bytes = [&](int at) { return at - skipped < seen ? 16u : 0u; };
     const char *nan = reinterpret_cast<const char *>(__cvta_generic_to_global(&nan_chunk));
-    if constexpr (!C::kAligned) {
-      for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
-        const int page = __shfl_sync(~0u, place.page, at);
-        const char *from = head + Place<C>::offset(p, page, first + at, outer, row_bytes) + chunk_at * 16;
-        store_shared16(to_address, bytes(at) == 0 ? uint4{} : page < 0 ? nan_chunk : load_unaligned16(from));
-      });
-    } else if (!C::kPaged || p.paged_tiles) {
-      const char *base = head + Place<C>::offset(p, place.page, first, outer, row_bytes);
-      for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
-        const char *from = base + static_cast<int64_t>(at) * row_bytes + chunk_at * 16;
-        if (C::kPaged && place.page < 0) from = nan;
-        copy_async16<C::kRowBytes>(to_address, from, bytes(at));
+    if (C::kAligned && (!C::kPaged || p.paged_tiles)) {
+      int pages[C::kSteps];  // of 16 rows each
+      const char *k_rows[C::kSteps][kPeriod], *v_rows[C::kSteps][kPeriod];
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+        int page = 0, row_in_page = first + 16 * step;
+        if constexpr (C::kPaged) {
+          page = C::kSteps == 1 ? place.page : __shfl_sync(~0u, place.page, 16 * step);
+          row_in_page -= Place<C>::page_of(p, row_in_page) * p.page_size;
+        }
+        pages[step] = page;
+#pragma unroll
+        for (int i = 0; i < kPeriod; ++i) {
+          k_rows[step][i] = row_at(k[i] + (C::kPaged ? page * p.k_outer : 0), row_in_page, k_row);
+          v_rows[step][i] = row_at(v[i] + (C::kPaged ? page * p.v_outer : 0), row_in_page, v_row);
+        }
+      }
+      for_each(stage, [&](int i, int ahead, uint32_t to_address) {
+        const int step = ahead / 16;
+        const char *k_from = row_at(k_rows[step][i], ahead % 16, k_row);
+        const char *v_from = row_at(v_rows[step][i], ahead % 16, v_row);
+        if (C::kPaged && pages[step] < 0) k_from = v_from = nan;
+        copy_async16(to_address, k_from, bytes(row[i] + ahead));
+        copy_async16(to_address + C::kTileBytes, v_from, bytes(row[i] + ahead));
       });
     } else {
-      for_each(address, [&](int at, int chunk_at, uint32_t to_address) {
-        const int page = __shfl_sync(~0u, place.page, at);
-        const char *from = head + Place<C>::offset(p, page, first + at, outer, row_bytes) + chunk_at * 16;
-        if (page < 0) from = nan;
-        copy_async16<C::kRowBytes>(to_address, from, bytes(at));
+      for_each(stage, [&](int i, int ahead, uint32_t to_address) {
+        const int at = row[i] + ahead, page = __shfl_sync(~0u, place.page, at);
+        const char *k_from = t.k_head + Place<C>::offset(p, page, first + at, p.k_outer, k_row) + chunk[i] * 16;
+        const char *v_from = t.v_head + Place<C>::offset(p, page, first + at, p.v_outer, v_row) + chunk[i] * 16;
+        if constexpr (C::kAligned) {
+          if (page < 0) k_from = v_from = nan;
+          copy_async16(to_address, k_from, bytes(at));
+          copy_async16(to_address + C::kTileBytes, v_from, bytes(at));
+        } else {
+          const uint4 zero{};
+          store_shared16(to_address, bytes(at) == 0 ? zero : page < 0 ? nan_chunk : load_unaligned16(k_from));
+          store_shared16(to_address + C::kTileBytes, bytes(at) == 0 ? zero
+                                                     : page < 0     ? nan_chunk
+                                                                    : load_unaligned16(v_from));
+        }
       });
     }
-  }
-  __device__ void load_k(const Args &p, const Block<C> &t, const Place<C> &place, int tile, uint32_t stage) const {
-    load(p, t, place, tile, t.k_head, p.k_outer, p.k_row, stage);
-  }
-  __device__ void load_v(const Args &p, const Block<C> &t, const Place<C> &place, int tile, uint32_t stage) const {
-    load(p, t, place, tile, t.v_head, p.v_outer, p.v_row, stage + C::kTileBytes);
   }
 };
 

@@ -88,11 +88,12 @@ __device__ void load_new_keys(const Args &p, const Block<C> &t, const Loader<C> 
   };
   const bool rotates = p.rotary.cos != nullptr;
   const auto load = [&](const char *x, const int64_t(&stride)[3], uint32_t tile) {
-    loader.for_each(tile, [&](int token, int chunk, uint32_t to) {
+    loader.for_each(tile, [&](int i, int ahead, uint32_t to) {
+      const int token = loader.row[i] + ahead, chunk = loader.chunk[i];
       const bool exists = token < p.seqlen_q;
       const char *from = nan;
       if (exists && !is_bad(token)) from = new_row(p, t, x, stride, token) + chunk * 16;
-      copy_async16<C::kRowBytes>(to, from, exists ? 16 : 0);
+      copy_async16(to, from, exists ? 16 : 0);
     });
   };
   load(p.v, p.v_in, stage + C::kTileBytes);

@@ -13,6 +13,18 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
   return y;
 }
 
+// Of a tile, for each of its 16 keys: key r and 8 + r of rows 8 n + 2 c and the next.
+template <typename C>
+struct Scores {
+  float x[C::kSteps][C::kRowTiles][4];
+};
+
+// Of a tile, as the first operand of O^T = V^T P^T.
+template <typename C>
+struct Values {
+  uint32_t x[C::kSteps][C::kDim / 16][4];
+};
+
 template <typename C>
 struct Sums {
   float max[C::kRowTiles][2], sum[C::kRowTiles][2];  // of rows 8 n + 2 c and the next; sum: of this thread's keys
@@ -28,47 +40,82 @@ struct Sums {
     }
   }
 
-  // Weights of the tile of keys `key` ... below `end`, as operands; sums so far are scaled to the new maximum. Calls
-  // release() once the tile has been read.
-  template <typename Release>
-  __device__ void score(const Args &p, const Block<C> &t, const Queries<C> &queries, uint32_t tile, int key, int end,
-                        uint32_t (&weights)[C::kRowTiles][2], Release &&release) {
-    float s[C::kRowTiles][4] = {}, odd[C::kRowTiles][4] = {};  // two chains halve the latency
-    const uint32_t at = tile + lane_offset<C>(t.lane % 16, t.lane / 16);
+  // Scores of the tile's keys for each row, and the tile's values, out of shared memory: the stage is free after.
+  __device__ static void read(const Block<C> &t, const Queries<C> &queries, uint32_t stage, Scores<C> *s,
+                              Values<C> *values) {
 #pragma unroll
-    for (int d = 0; d < C::kDim / 16; ++d) {
-      uint32_t k[4];
-      load_matrices(k, chunk_address<C>(at, d));
+    for (int step = 0; step < C::kSteps; ++step) {
+      float odd[C::kRowTiles][4] = {};  // two chains halve the latency
 #pragma unroll
       for (int n = 0; n < C::kRowTiles; ++n) {
-        multiply_add<typename C::T>(d % 2 ? odd[n] : s[n], k, queries.x[n][d][0], queries.x[n][d][1]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s->x[step][n][e] = 0;
+      }
+      const uint32_t at = stage + t.key_offset + step * 16 * C::kRowBytes;
+#pragma unroll
+      for (int d = 0; d < C::kDim / 16; ++d) {
+        uint32_t k[4];
+        load_matrices(k, chunk_address<C>(at, d));
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+          multiply_add<typename C::T>(d % 2 ? odd[n] : s->x[step][n], k, queries.x[n][d][0], queries.x[n][d][1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < C::kRowTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s->x[step][n][e] += odd[n][e];
       }
     }
-    release();
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) {
+      const uint32_t at = stage + C::kTileBytes + t.value_offset + step * 16 * C::kRowBytes;
+#pragma unroll
+      for (int d = 0; d < C::kDim / 16; ++d) load_matrices_transposed(values->x[step][d], chunk_address<C>(at, d));
+    }
+  }
+
+  // Turns scores of the tile of keys `key` ... below `end` into weights, and scales the sums so far to the new maximum.
+  __device__ void weigh(const Args &p, const Block<C> &t, int key, int end, Scores<C> *scores,
+                        uint32_t (&weights)[C::kSteps][C::kRowTiles][2]) {
     const bool edge = is_edge(p, t, key, end);
 #pragma unroll
     for (int n = 0; n < C::kRowTiles; ++n) {
+      float top[2] = {max[n][0], max[n][1]}, factor[2];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        // Rounded, never part of an FMA below: huge scores have to meet their own maximum.
-        s[n][e] = __fmul_rn(s[n][e] + odd[n][e], p.scale);
-        if (!C::kPlain && p.softcap > 0) s[n][e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[n][e]));
+      for (int step = 0; step < C::kSteps; ++step) {
+        float(&s)[4] = scores->x[step][n];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          // Rounded, never part of an FMA below: huge scores have to meet their own maximum.
+          s[e] = __fmul_rn(s[e], p.scale);
+          if (!C::kPlain && p.softcap > 0) s[e] = __fmul_rn(p.softcap * kLog2e, tanhf(s[e]));
+        }
+        if (edge) mask(p, t, n, key + 16 * step, end, s);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) top[e] = fmaxf(top[e], fmaxf(s[e], s[2 + e]));
       }
-      if (edge) mask(p, t, n, key, end, s[n]);
-      float factor[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float top = fmaxf(max[n][e], fmaxf(s[n][e], s[n][2 + e]));
 #pragma unroll
-        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-        const float base = top == minus_infinity() ? 0.0f : top;
+        for (int step = 4; step < 32; step *= 2) top[e] = fmaxf(top[e], __shfl_xor_sync(~0u, top[e], step));
+        const float base = top[e] == minus_infinity() ? 0.0f : top[e];
         factor[e] = exp2_fast(max[n][e] - base);
-        max[n][e] = top;
-        s[n][e] = exp2_fast(s[n][e] - base), s[n][2 + e] = exp2_fast(s[n][2 + e] - base);
-        sum[n][e] = sum[n][e] * factor[e] + (s[n][e] + s[n][2 + e]);
+        max[n][e] = top[e];
+        sum[n][e] *= factor[e];
+#pragma unroll
+        for (int step = 0; step < C::kSteps; ++step) {
+          float(&s)[4] = scores->x[step][n];
+          s[e] = exp2_fast(s[e] - base), s[2 + e] = exp2_fast(s[2 + e] - base);
+          sum[n][e] += s[e] + s[2 + e];
+        }
       }
-      weights[n][0] = transpose_matrix(pack<typename C::T>(s[n][0], s[n][1]));
-      weights[n][1] = transpose_matrix(pack<typename C::T>(s[n][2], s[n][3]));
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+        const float(&s)[4] = scores->x[step][n];
+        weights[step][n][0] = transpose_matrix(pack<typename C::T>(s[0], s[1]));
+        weights[step][n][1] = transpose_matrix(pack<typename C::T>(s[2], s[3]));
+      }
       if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
         for (int e = 0; e < C::kDim / 4; ++e) o[n][e / 4][e % 4] *= factor[e % 2];
@@ -78,8 +125,8 @@ struct Sums {
 
   // Whether some token does not see some of the 16 keys.
   __device__ static bool is_edge(const Args &p, const Block<C> &t, int key, int end) {
-    if constexpr (C::kPlain) return key + kTile > end;
-    return key < t.keys.low(p.seqlen_q - 1) || key + kTile > min(t.keys.high(0), end);
+    if constexpr (C::kPlain) return key + C::kTile > end;
+    return key < t.keys.low(p.seqlen_q - 1) || key + C::kTile > min(t.keys.high(0), end);
   }
   __device__ static void mask(const Args &p, const Block<C> &t, int n, int key, int end, float (&s)[4]) {
 #pragma unroll
@@ -90,52 +137,54 @@ struct Sums {
     }
   }
 
-  __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end,
-                      const uint32_t (&weights)[C::kRowTiles][2]) {
-    const uint32_t at = tile + lane_offset<C>(t.lane % 8 + t.lane / 16 * 8, t.lane / 8 % 2);
+  __device__ void add(const Args &p, const Block<C> &t, Values<C> &values, int key, int end,
+                      const uint32_t (&weights)[C::kSteps][C::kRowTiles][2]) {
     if (!C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && is_edge(p, t, key, end)) {
-      add_edge(p, t, at, key, end, weights);
+      add_edge(p, t, values, key, end, weights);
       return;
     }
 #pragma unroll
-    for (int d = 0; d < C::kDim / 16; ++d) {
-      uint32_t v[4];
-      load_matrices_transposed(v, chunk_address<C>(at, d));
+    for (int step = 0; step < C::kSteps; ++step) {
 #pragma unroll
-      for (int n = 0; n < C::kRowTiles; ++n) {
-        multiply_add<typename C::T>(o[n][d], v, weights[n][0], weights[n][1]);
+      for (int d = 0; d < C::kDim / 16; ++d) {
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+          multiply_add<typename C::T>(o[n][d], values.x[step][d], weights[step][n][0], weights[step][n][1]);
+        }
       }
     }
   }
 
   // A tile that some tokens see in part: one token's rows at a time, with the values that token does not see at zero,
   // so that a NaN in them reaches nobody else. Cached values that a single token does not see are zeros already.
-  __device__ void add_edge(const Args &p, const Block<C> &t, uint32_t at, int key, int end,
-                           const uint32_t (&weights)[C::kRowTiles][2]) {
+  __device__ void add_edge(const Args &p, const Block<C> &t, const Values<C> &values, int key, int end,
+                           const uint32_t (&weights)[C::kSteps][C::kRowTiles][2]) {
 #pragma unroll 1
     for (int i = 0; i < p.seqlen_q; ++i) {
       const int low = t.keys.low(i), high = min(t.keys.high(i), end);
-      uint32_t seen[2];  // masks of this thread's pairs of keys
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int first = key + 8 * e + 2 * t.c;
-        seen[e] =
-            (first >= low && first < high ? 0x0000ffffu : 0) | (first + 1 >= low && first + 1 < high ? 0xffff0000u : 0);
-      }
+      for (int step = 0; step < C::kSteps; ++step) {
+        uint32_t seen[2];  // masks of this thread's pairs of keys
 #pragma unroll
-      for (int d = 0; d < C::kDim / 16; ++d) {
-        uint32_t v[4];
-        load_matrices_transposed(v, chunk_address<C>(at, d));
+        for (int e = 0; e < 2; ++e) {
+          const int first = key + 16 * step + 8 * e + 2 * t.c;
+          seen[e] = (first >= low && first < high ? 0x0000ffffu : 0) |
+                    (first + 1 >= low && first + 1 < high ? 0xffff0000u : 0);
+        }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] &= seen[e / 2];
+        for (int d = 0; d < C::kDim / 16; ++d) {
+          uint32_t v[4];
 #pragma unroll
-        for (int n = 0; n < C::kRowTiles; ++n) {
-          float part[4] = {};
-          multiply_add<typename C::T>(part, v, weights[n][0], weights[n][1]);
+          for (int e = 0; e < 4; ++e) v[e] = values.x[step][d][e] & seen[e / 2];
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int row = 8 * n + 2 * t.c + e % 2 - i * p.group;
-            if (row >= 0 && row < p.group) o[n][d][e] += part[e];
+          for (int n = 0; n < C::kRowTiles; ++n) {
+            float part[4] = {};
+            multiply_add<typename C::T>(part, v, weights[step][n][0], weights[step][n][1]);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int row = 8 * n + 2 * t.c + e % 2 - i * p.group;
+              if (row >= 0 && row < p.group) o[n][d][e] += part[e];
+            }
           }
         }
       }

@@ -1,4 +1,4 @@
 // The instance of prefill_wgmma for bfloat16, head_dim 128 and blocks of 128 keys.
 #include "cuda/gqa_attention_prefill_sm90/launch.cuh"
 
-GQA_PREFILL_INSTANCE(__nv_bfloat16, 2, bf16_128x128)
+GQA_PREFILL_INSTANCE(__nv_bfloat16, 3, bf16_128x128)

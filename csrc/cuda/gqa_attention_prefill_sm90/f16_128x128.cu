@@ -1,4 +1,4 @@
 // The instance of prefill_wgmma for float16, head_dim 128 and blocks of 128 keys.
 #include "cuda/gqa_attention_prefill_sm90/launch.cuh"
 
-GQA_PREFILL_INSTANCE(__half, 2, f16_128x128)
+GQA_PREFILL_INSTANCE(__half, 3, f16_128x128)

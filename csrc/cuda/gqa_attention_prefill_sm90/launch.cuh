@@ -48,6 +48,9 @@ gqa_status launch_instance(const gqa_attention_params &p, const PrefillPlan &pre
   a.tiles = prefill.tiles;
   a.all_heads = static_cast<int32_t>((p.batch + ragged) * p.num_q_heads);
   a.section = prefill.section;
+  a.counts = Tile::kCounts && ragged && p.batch < kPrefillSequences;
+  a.plain = !ragged && !cached && !packed && p.k != nullptr && p.cache_leftpad.data == nullptr;
+  a.divide();
   a.transforms = p.softcap > 0 || !(p.softmax_scale > 0);
   a.multiplier = a.transforms ? 1.0f : p.softmax_scale * kLog2e;
   a.before_tanh = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;

@@ -9,6 +9,7 @@
 #include "cuda/common/wgmma.cuh"
 #include "cuda/gqa_attention/args.cuh"
 #include "cuda/gqa_attention_prefill_sm90/load.cuh"
+#include "cuda/gqa_attention_prefill_sm90/search.cuh"
 #include "cuda/gqa_attention_prefill_sm90/softmax.cuh"
 
 namespace gqa::cuda::prefill_sm90 {
@@ -39,40 +40,42 @@ template <typename T, typename Tile>
 struct PrefillRows {
   static constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys;
 
-  uint32_t q, k, v;  // descriptors of this warpgroup's rows, and of the blocks of keys and of values that are next
-  uint32_t keys_turn, values_turn;  // sums of the descriptors of both stages
+  uint32_t base;  // descriptor of shared memory from its start on
+  int group;
   float out[kDim / 2];
   float scores[kKeys / 2];
   uint32_t weights[kKeys / 4];
 
   // Starts scores = q k^T.
-  __device__ __forceinline__ void start_scores() {
+  __device__ __forceinline__ void start_scores(uint32_t query_stage, uint32_t stage) {
+    const uint32_t q = base + query_stage * (Tile::kQueryBytes / 16) + group * (64 * Tile::kSwizzle / 16);
+    const uint32_t from = base + Tile::kKeysAt / 16 + stage * (Tile::kBlockBytes / 16);
     pin(scores);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
       const uint32_t panel = 16 * step / Tile::kPanel, inside = 16 * step % Tile::kPanel / 8;
       Wgmma<T, kKeys>::template score<Tile::kSwizzle>(scores, q + panel * (Tile::kQueryPanel / 16) + inside,
-                                                      k + panel * (Tile::kKeyPanel / 16) + inside, step > 0);
+                                                      from + panel * (Tile::kKeyPanel / 16) + inside, step > 0);
     }
     wgmma_commit();
-    k = keys_turn - k;
   }
 
   // Starts out += weights v; calls `pass` shortly before the end, so that the next warpgroup's products follow at once.
   template <typename Pass>
-  __device__ __forceinline__ void start_values(Pass &&pass) {
+  __device__ __forceinline__ void start_values(uint32_t stage, Pass &&pass) {
+    const uint32_t from =
+        base + Tile::kValuesAt / 16 + ((Tile::kKeyPanel >> 4) - 1 << 16) + stage * (Tile::kBlockBytes / 16);
     pin(out);
     pin(weights);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
       if (step == kKeys / 16 - Tile::kEarly) pass();
-      Wgmma<T, kDim>::template weigh<Tile::kSwizzle>(out, weights + 4 * step, v + step * Tile::kSwizzle);
+      Wgmma<T, kDim>::template weigh<Tile::kSwizzle>(out, weights + 4 * step, from + step * Tile::kSwizzle);
     }
     if (Tile::kEarly == 0) pass();
     wgmma_commit();
-    v = values_turn - v;
   }
 
   __device__ __forceinline__ void pack_weights() {
@@ -80,13 +83,15 @@ struct PrefillRows {
     for (int i = 0; i < kKeys / 4; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
   }
 
-  // The warp's scores with a block of keys once more, from memory.
+  // The warp's scores with a block of keys once more, from memory, and by way of memory: registers are short. Takes the
+  // place of weights.
   __device__ __forceinline__ void repeat_scores(const PrefillArgs &a, const PrefillWork &work, int row0, int block) {
     const gqa_attention_params &p = a.p;
-    const int lane = threadIdx.x % 32, column = 2 * (lane % 4);
+    const int lane = afresh(threadIdx.x) % 32, column = 2 * (lane % 4);
     const T *q = static_cast<const T *>(p.q) + work.q_batch * p.q_stride[0] +
-                 (work.q_start + min(row0, work.queries - 1)) * p.q_stride[1] + work.head * p.q_stride[2] + column;
+                 (work.q_start + max(row0, 0)) * p.q_stride[1] + work.head * p.q_stride[2] + column;
     const auto pair = [](const T *at) { return *reinterpret_cast<const uint32_t *>(at); };
+    volatile float again[kKeys / 2];
 #pragma unroll 1
     for (int n = 0; n < kKeys / 8; ++n) {
       const T *k = key_row<T>(a, work, a.k, a.k_stride, block * kKeys + 8 * n + lane / 4) + column;
@@ -94,16 +99,24 @@ struct PrefillRows {
 #pragma unroll 1
       for (int d = 0; d < p.head_dim; d += 16) {
         // Not kept in registers, which are short.
-        const int last = work.queries - 1, row = first_row(work, afresh(threadIdx.x));
-        const T *lower = q + d + (min(row + 8, last) - min(row, last)) * p.q_stride[1];
+        const int row = first_row(work, afresh(threadIdx.x));
+        const T *lower = q + d + (max(row + 8, 0) - max(row, 0)) * p.q_stride[1];
         const bool both = d + 8 < p.head_dim;
         const auto second = [&](const T *at) { return both ? pair(at + 8) : 0u; };
         const uint32_t x[4] = {pair(q + d), pair(lower), second(q + d), second(lower)};
         multiply_add<T>(four, x, pair(k + d), second(k + d));
       }
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) scores[i] = i / 4 == n ? four[i % 4] : scores[i];
+      for (int i = 0; i < 4; ++i) again[4 * n + i] = four[i];
     }
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) scores[i] = again[i];
+  }
+
+  // The compiler need not keep weights where this comes before their next use.
+  __device__ __forceinline__ void drop_weights() {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i) weights[i] = 0;
   }
 
   // Scores in log2 units, where a product with a positive number alone does not make them.
@@ -125,7 +138,7 @@ struct PrefillRows {
   // Values that the inspectors took out of blocks which not every row sees, into rows that see them: infinities and NaN
   // are the same at any weight. From memory, as that is the exception.
   __device__ __forceinline__ void add_care(const PrefillArgs &a, const PrefillWork &work, int row0) {
-    const int corner = threadIdx.x % 4;
+    const int corner = afresh(threadIdx.x) % 4;
     const int begin[2] = {seen_begin(a, work, row0), seen_begin(a, work, row0 + 8)};
     const int end[2] = {seen_end(a, work, row0), seen_end(a, work, row0 + 8)};
     for (int block = work.first_block; block < work.end_block; ++block) {
@@ -148,12 +161,12 @@ struct PrefillRows {
     }
   }
 
-  // The four lanes of a row trade their columns so that each stores 16 bytes at once.
+  // By way of `own`, where the warp's own queries were: so rows are written whole.
   __device__ __forceinline__ void store(const PrefillArgs &a, const PrefillWork &work, int row0,
-                                        const PrefillSoftmax &softmax) {
+                                        const PrefillSoftmax &softmax, unsigned char *own) {
     const gqa_attention_params &p = a.p;
-    const int lane = threadIdx.x % 32, corner = lane % 4;
-    const bool odd = corner & 1, upper = corner & 2;
+    const int lane = afresh(threadIdx.x) % 32, corner = lane % 4;  // not kept in registers, which are short
+    float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = softmax.sum[half];
@@ -162,30 +175,34 @@ struct PrefillRows {
       float scale = 1.0f, base = softmax.base[half];
       if (p.sinks != nullptr) add_sink(p, work.head, base, sum, scale);
       const bool empty = sum == 0;
-      const float factor = __fdividef(scale, sum);
+      factor[half] = empty ? 0.0f : __fdividef(scale, sum);
       const int row = row0 + 8 * half;
-      T *to = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + row) * p.out_stride[1] +
-              work.head * p.out_stride[2] + 8 * corner;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; n += 4) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float *pair = out + 4 * (n + i) + 2 * half;
-          x[i] = empty ? 0u : pack<T>(pair[0] * factor, pair[1] * factor);
-        }
-        trade<1>(x[0], x[1], odd);
-        trade<1>(x[2], x[3], odd);
-        trade<2>(x[0], x[2], upper);
-        trade<2>(x[1], x[3], upper);
-        if (row < work.queries && 8 * (n + corner) < p.head_dim) {
-          *reinterpret_cast<uint4 *>(to + 8 * n) = make_uint4(x[0], x[1], x[2], x[3]);
-        }
-      }
-      if (p.lse != nullptr && corner == 0 && row < work.queries) {
-        p.lse[lse_at(p, work, row)] = empty ? -INFINITY : base * kLn2 + logf(sum);
+      if (p.lse != nullptr && corner == 0 && row >= 0) {
+        p.lse[lse_at(p, work, row)] = empty ? -INFINITY : base * kLn2 + __logf(sum);
       }
     }
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      unsigned char *at = place(own, lane / 4, n) + 4 * corner;
+      *reinterpret_cast<uint32_t *>(at) = pack<T>(out[4 * n] * factor[0], out[4 * n + 1] * factor[0]);
+      *reinterpret_cast<uint32_t *>(at + 8 * Tile::kSwizzle) =
+          pack<T>(out[4 * n + 2] * factor[1], out[4 * n + 3] * factor[1]);
+    }
+    fence_async_proxy();  // the next queries come by a copy; ahead of stores to memory, which it would wait for
+    __syncwarp();
+    constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
+    const int first = row0 - lane / 4;
+    T *const to = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + first) * p.out_stride[1] +
+                  work.head * p.out_stride[2];
+#pragma unroll 4
+    for (int i = lane; i < 16 * kChunks; i += 32) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      if (first + row >= 0 && 8 * chunk < p.head_dim) {
+        *reinterpret_cast<uint4 *>(to + row * p.out_stride[1] + 8 * chunk) =
+            *reinterpret_cast<const uint4 *>(place(own, row, chunk));
+      }
+    }
+    __syncwarp();
   }
 
  private:
@@ -201,11 +218,11 @@ struct PrefillRows {
     base = together;
   }
 
-  // The lane without `second` gives its y for the other one's x.
-  template <int kDistance>
-  __device__ __forceinline__ static void trade(uint32_t &x, uint32_t &y, bool second) {
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, second ? x : y, kDistance);
-    (second ? x : y) = got;
+  // A chunk of a row of the warp's 16: chunks are swapped so that neither writes nor reads meet in a bank.
+  __device__ __forceinline__ static unsigned char *place(unsigned char *own, int row, int chunk) {
+    constexpr int kChunks = Tile::kSwizzle / 16;
+    const int twist = kChunks == 8 ? row % 8 : row / 2 % 4;
+    return own + chunk / kChunks * Tile::kQueryPanel + row * Tile::kSwizzle + 16 * (chunk % kChunks ^ twist);
   }
 };
 
@@ -218,7 +235,7 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs &a, const PrefillWor
   const float nan = __int_as_float(0x7fffffff);
   const int lane = threadIdx.x % 32;
   for (int first = work.row0; first < work.queries; first += a.row_tiles * Tile::kRows) {
-    for (int row = first + warp; row < min(first + Tile::kRows, work.queries); row += 4 * Tile::kGroups) {
+    for (int row = max(first, 0) + warp; row < min(first + Tile::kRows, work.queries); row += 4 * Tile::kGroups) {
       T *out = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + row) * p.out_stride[1] +
                work.head * p.out_stride[2];
       for (int d = lane; d < p.head_dim; d += 32) out[d] = from_float<T>(zeros ? 0.0f : nan);
@@ -227,111 +244,159 @@ __device__ __forceinline__ void fill_tile(const PrefillArgs &a, const PrefillWor
   }
 }
 
-// A computing warpgroup: its 64 rows of every tile.
+// A computing warpgroup: its 64 rows of every tile, in one run of steps: scores of a block, and values of the one
+// before it, which at a tile's begin is the last one of the tile before.
 template <typename T, typename Tile>
-__device__ __forceinline__ void attend_tiles(const PrefillArgs &a, uint32_t memory, const PrefillWork *shared_work,
-                                             int group) {
+__device__ __forceinline__ void attend_tiles(const PrefillArgs &a, unsigned char *shared, uint32_t memory,
+                                             const PrefillWork *shared_work, int group) {
   const PrefillBarriers<Tile> barriers{memory + Tile::kBarriersAt};
   const Turns<Tile::kGroups> turns(group);
-  const int lane = threadIdx.x % 32;
+  const bool leads = threadIdx.x % 32 == 0;
   const auto release = [&](uint32_t barrier) {
-    if (lane == 0) mbarrier_arrive(barrier);
+    if (leads) mbarrier_arrive(barrier);
   };
   PrefillRows<T, Tile> rows;
-  rows.q = tile_descriptor(memory + group * 64 * Tile::kSwizzle, 16);
-  rows.k = tile_descriptor(memory + Tile::kKeysAt, 16);
-  rows.v = tile_descriptor(memory + Tile::kValuesAt, Tile::kKeyPanel);
-  rows.keys_turn = 2 * rows.k + Tile::kBlockBytes / 16;
-  rows.values_turn = 2 * rows.v + Tile::kBlockBytes / 16;
-  RingPosition<Tile::kStages> at;  // of the keys that come next; their values are at the same place of the other ring
-  for (int round = 0;; ++round) {
-    mbarrier_wait(barriers.query_full(), round & 1);
-    const PrefillWork &work = shared_work[round & 1];
-    if (work.task == PrefillTask::kDone) return;
+  rows.base = tile_descriptor(memory, 16);
+  rows.group = group;
+  PrefillSoftmax softmax;
+  RingCount<Tile::kStages> at;  // of the keys that come next; their values are at the same place of the other ring
+  constexpr uint32_t kNone = ~0u;
+  RingCount<kWorkPlaces> work_at, open_at{kNone};  // a tile that lacks its last values
+  RingCount<Tile::kQueries> query_at;
+  const auto open = [&] { return Tile::kOverlaps && open_at.count != kNone; };
+  // Not kept in a register, which are short.
+  const auto row0_of = [&](const PrefillWork &work) { return first_row(work, afresh(threadIdx.x)); };
+  // The last values are in the sums.
+  const auto close = [&](const PrefillSoftmax &done, uint32_t query_stage) {
+    const PrefillWork &work = shared_work[open_at.stage()];
+    if (work.care) rows.add_care(a, work, row0_of(work));
+    rows.store(a, work, row0_of(work), done,
+               shared + query_stage * Tile::kQueryBytes + (afresh(threadIdx.x) / 32 - 4) * 16 * Tile::kSwizzle);
+    release(barriers.query_empty(query_stage));
+    release(barriers.work_empty(open_at.stage()));
+  };
+  const auto finish = [&](uint32_t query_stage) {
+    const RingCount<Tile::kStages> before = at.before();
+    mbarrier_wait(barriers.value_full(before.stage()), before.parity());
+    rows.start_values(before.stage(), [] {});
+    wgmma_wait<0>();
+    pin(rows.out);
+    release(barriers.value_empty(before.stage()));
+    // All four warps are done with the queries, whose place the output takes.
+    asm volatile("bar.sync %0, 128;" ::"r"(1 + Tile::kGroups + afresh(group)) : "memory");
+    close(softmax, query_stage);
+  };
+#pragma unroll
+  for (int i = 0; i < Tile::kKeys / 4; ++i) rows.weights[i] = 0;
+#pragma unroll
+  for (int i = 0; i < Tile::kDim / 2; ++i) rows.out[i] = 0;
+
+  for (;; work_at.advance()) {
+    mbarrier_wait(barriers.work_full(work_at.stage()), work_at.parity());
+    const PrefillWork &work = shared_work[work_at.stage()];
+    if (work.task == PrefillTask::kDone) break;
     if (work.task != PrefillTask::kAttend) {
       fill_tile<T, Tile>(a, work, threadIdx.x / 32 - 4);
       __syncwarp();
-      release(barriers.query_empty());
+      release(barriers.work_empty(work_at.stage()));
       continue;
     }
-    const auto row0 = [&] { return first_row(work, threadIdx.x); };
-    // Not every row of the warpgroup sees the block; or none after it may have been seen by its first row.
-    const auto is_cut = [&](int x) {
-      return x < work.first_sure || x >= max(0, seen_end(a, work, work.row0 + 64 * group) - 1) / Tile::kKeys;
-    };
+    const int first_block = uniform(work.first_block), first_sure = uniform(work.first_sure);
+    const int first_cut = uniform(max(0, seen_end(a, work, work.row0 + 64 * group) - 1) / Tile::kKeys);
     int block = uniform(work.end_block) - 1;
-    PrefillSoftmax softmax;
     const auto hide_columns = [&] {
-      const int column = block * Tile::kKeys + 2 * (lane % 4);
-      const int row = row0();
+      const int column = block * Tile::kKeys + 2 * (afresh(threadIdx.x) % 4), row = row0_of(work);
       const PrefillMask mask{{seen_begin(a, work, row) - column, seen_begin(a, work, row + 8) - column},
                              {seen_end(a, work, row) - column, seen_end(a, work, row + 8) - column}};
       hide(rows.scores, mask);
     };
-
-    mbarrier_wait(barriers.key_full(at.stage), at.parity);
-    turns.wait();
-    rows.start_scores();
-    turns.pass();
-#pragma unroll
-    for (int i = 0; i < Tile::kDim / 2; ++i) rows.out[i] = 0;
-    wgmma_wait<0>();
-    pin(rows.scores);
-    release(barriers.key_empty(at.stage));
-    at.advance();
-    if (block == work.first_block) release(barriers.query_empty());
-    if (a.transforms) rows.transform(a);
-    hide_columns();
-    softmax.weigh_carefully(rows.scores, a.multiplier);
-    rows.pack_weights();
-
-    // Scores of this block and values of the one before it.
-    const auto step = [&](auto masked) {
-      const RingPosition<Tile::kStages> before = at.before();
-      mbarrier_wait(barriers.key_full(at.stage), at.parity);
+    // No row of this warpgroup sees the tile's last block.
+    const bool skips =
+        uniform(block > first_block && seen_end(a, work, work.row0 + 64 * group + 63) <= block * Tile::kKeys) != 0;
+    mbarrier_wait(barriers.query_full(query_at.stage()), query_at.parity());
+    if (skips) {
+      mbarrier_wait(barriers.key_full(at.stage()), at.parity());
       turns.wait();
-      rows.start_scores();
-      mbarrier_wait(barriers.value_full(before.stage), before.parity);
-      rows.start_values([&] { turns.pass(); });
+      turns.pass();
+      release(barriers.key_empty(at.stage()));
+      at.advance();
+      --block;
+    }
+
+    // A block that a mask cuts, or the first one of a tile. Ahead of the first tile of all come values times zero,
+    // whose sum is not used.
+    const auto careful_step = [&](bool begins) {
+      RingCount<Tile::kStages> before = at.before();
+      if (begins && skips) before = before.before();
+      mbarrier_wait(barriers.key_full(at.stage()), at.parity());
+      turns.wait();
+      rows.start_scores(query_at.stage(), at.stage());
+      if (!begins || open()) mbarrier_wait(barriers.value_full(before.stage()), before.parity());
+      rows.start_values(before.stage(), [&] { turns.pass(); });
       wgmma_wait<1>();
       pin(rows.scores);
-      release(barriers.key_empty(at.stage));
-      if (block == work.first_block) release(barriers.query_empty());
+      release(barriers.key_empty(at.stage()));
+      at.advance();
+      const PrefillSoftmax done = softmax;
+      if (begins) softmax = PrefillSoftmax();
       if (a.transforms) rows.transform(a);
-      bool rescale;
-      if constexpr (decltype(masked)::value) hide_columns();
-      if constexpr (decltype(masked)::value || !Tile::kQuick) {
-        rescale = softmax.weigh_carefully(rows.scores, a.multiplier);
-      } else {
-        rescale = softmax.weigh(rows.scores, a.multiplier, [&] {
-          rows.repeat_scores(a, work, row0(), block);
-          if (a.transforms) rows.transform(a);
-        });
-      }
+      hide_columns();
+      const bool rescale = softmax.weigh_carefully(rows.scores, a.multiplier);
       wgmma_wait<0>();
       pin(rows.out);
       pin(rows.weights);
-      release(barriers.value_empty(before.stage));
+      if (!begins || open()) release(barriers.value_empty(before.stage()));
+      if (begins) {
+        if (open()) close(done, query_at.before().stage());
+#pragma unroll
+        for (int i = 0; i < Tile::kDim / 2; ++i) rows.out[i] = 0;
+        if (skips) {
+          const RingCount<Tile::kStages> unseen = at.before().before();
+          mbarrier_wait(barriers.value_full(unseen.stage()), unseen.parity());
+          release(barriers.value_empty(unseen.stage()));
+        }
+      } else if (rescale) {
+        rows.scale_out(softmax.factor);
+      }
+      rows.pack_weights();
+    };
+    const auto quick_step = [&] {
+      const RingCount<Tile::kStages> before = at.before();
+      mbarrier_wait(barriers.key_full(at.stage()), at.parity());
+      turns.wait();
+      rows.start_scores(query_at.stage(), at.stage());
+      mbarrier_wait(barriers.value_full(before.stage()), before.parity());
+      rows.start_values(before.stage(), [&] { turns.pass(); });
+      wgmma_wait<1>();
+      pin(rows.scores);
+      release(barriers.key_empty(at.stage()));
       at.advance();
+      if (a.transforms) rows.transform(a);
+      const auto repeat = [&] {
+        wgmma_wait<0>();  // weights are done with: their registers are free
+        rows.repeat_scores(a, work, row0_of(work), block);
+        if (a.transforms) rows.transform(a);
+      };
+      const bool rescale = softmax.weigh(rows.scores, a.multiplier, repeat, [&] { rows.drop_weights(); });
+      wgmma_wait<0>();
+      pin(rows.out);
+      pin(rows.weights);
+      release(barriers.value_empty(before.stage()));
       rows.pack_weights();
       if (rescale) rows.scale_out(softmax.factor);
     };
-    for (--block; block >= work.first_block;) {
+    for (bool begins = true; block >= first_block; begins = false) {
 #pragma unroll 1
-      for (; block >= work.first_block && is_cut(block); --block) step(std::true_type{});
+      for (; block >= first_block && (begins || block < first_sure || block >= first_cut); --block, begins = false)
+        careful_step(begins);
 #pragma unroll 1
-      for (; block >= work.first_sure; --block) step(std::false_type{});
+      for (; block >= first_sure; --block) quick_step();
     }
-
-    const RingPosition<Tile::kStages> before = at.before();
-    mbarrier_wait(barriers.value_full(before.stage), before.parity);
-    rows.start_values([] {});
-    wgmma_wait<0>();
-    pin(rows.out);
-    if (work.care) rows.add_care(a, work, row0());
-    release(barriers.value_empty(before.stage));
-    rows.store(a, work, row0(), softmax);
+    open_at = work_at;
+    if (!Tile::kOverlaps) finish(query_at.stage());
+    query_at.advance();
   }
+  if (open()) finish(query_at.before().stage());
 }
 
 template <typename T, typename Tile>
@@ -344,24 +409,29 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   PrefillWork *const work = reinterpret_cast<PrefillWork *>(shared_memory + Tile::kWorkAt);
   // The same in all lanes, and known to be: descriptors stay in uniform registers.
   const int warpgroup = uniform(threadIdx.x / 128);
+  const int warp = uniform(threadIdx.x / 32);
   if (threadIdx.x == 0) {
     prefetch_map(q);
     prefetch_map(k);
     prefetch_map(v);
     PrefillBarriers<Tile>{memory + Tile::kBarriersAt}.init();
   }
-  __syncthreads();
   if (warpgroup == 0) {
     give_registers<Tile::kLoaderRegisters>();
-    const int warp = uniform(threadIdx.x / 32);
-    if (warp > 0) {
-      inspect_values<T, Tile>(shared_memory, memory, work, warp - 1);
-    } else if (threadIdx.x == 0) {
-      load_tiles<Tile>(a, q, k, v, memory, work);
+    if (warp == 1) {
+      find_tiles<Tile>(a, memory, work);
+    } else {
+      meet();
+      if (warp == 0) {
+        load_tiles<Tile>(a, q, k, v, memory, work);
+      } else {
+        inspect_values<T, Tile>(shared_memory, memory, work, warp - (4 - kInspectors));
+      }
     }
   } else {
+    meet();
     take_registers<Tile::kRegisters>();
-    attend_tiles<T, Tile>(a, memory, work, warpgroup - 1);
+    attend_tiles<T, Tile>(a, shared_memory, memory, work, warpgroup - 1);
   }
 #endif
 }

@@ -28,13 +28,12 @@ struct PrefillSoftmax {
   float base[2] = {-INFINITY, -INFINITY};  // in log2 units
   float sum[2] = {0, 0};                   // of this thread's columns
   float factor[2] = {1, 1};                // of what was summed up before the last block
-  bool careful = true;                     // some row of the warp has no base yet, or a huge one
 
   // Scores become weights, by the base there is where a row has one. True where sums of values have to be multiplied by
-  // `factor`. `repeat` computes the scores once more.
-  template <int kScores, typename Repeat>
-  __device__ __forceinline__ bool weigh(float (&s)[kScores], float multiplier, Repeat &&repeat) {
-    const bool slow = careful;
+  // `factor`. `repeat` computes the scores once more; `repeated` is called when they are weights.
+  template <int kScores, typename Repeat, typename Repeated>
+  __device__ __forceinline__ bool weigh(float (&s)[kScores], float multiplier, Repeat &&repeat, Repeated &&repeated) {
+    const bool slow = careful();
     bool rescale = false;
     float own[2];
     if (slow) {
@@ -47,7 +46,7 @@ struct PrefillSoftmax {
     }
     if (__any_sync(0xffffffffu, !(own[0] <= kMost && own[1] <= kMost))) {
       if (!slow) factor[0] = factor[1] = 1.0f;
-      correct(s, multiplier, own, repeat);
+      correct(s, multiplier, own, repeat, repeated);
       rescale = true;
     }
     sum[0] += own[0];
@@ -83,6 +82,9 @@ struct PrefillSoftmax {
 
   __device__ __forceinline__ bool is_sound(int row) const { return fabsf(base[row]) <= kHuge; }
 
+  // Some row of the warp has no base yet, or a huge one.
+  __device__ __forceinline__ bool careful() const { return __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1))); }
+
   __device__ __forceinline__ float move(int row, float to) {
     const float by = exp2_fast(base[row] - (to == -INFINITY ? 0.0f : to));
     factor[row] *= by;
@@ -116,14 +118,13 @@ struct PrefillSoftmax {
       for (int row = 0; row < 2; ++row) {
         if (!(top[row] - base[row] <= limit[row])) move(row, top[row]);
       }
-      careful = __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1)));
     }
     // In one FMA scores are exact while base is rounded: the same factor for the whole row, unless it is so large that
     // 2^error overflows. Then scores are rounded as base was.
     float scale[2] = {multiplier, multiplier}, from[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) from[row] = base[row] == -INFINITY ? 0.0f : base[row];
-    if (careful) {
+    if (careful()) {
       const bool huge[2] = {fabsf(from[0]) > kHuge, fabsf(from[1]) > kHuge};
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
@@ -142,29 +143,33 @@ struct PrefillSoftmax {
 
   // Some row's weights have become large: its base moves up by as much, and the weights are scaled like sums are. Where
   // they may have overflowed, back to the scores. A row that is NaN already stays it.
-  template <int kScores, typename Repeat>
-  __device__ __forceinline__ void correct(float (&s)[kScores], float multiplier, float (&own)[2], Repeat &&repeat) {
-    bool lost[2];
+  template <int kScores, typename Repeat, typename Repeated>
+  __device__ __forceinline__ void correct(float (&s)[kScores], float multiplier, float (&own)[2], Repeat &&repeat,
+                                          Repeated &&repeated) {
+    // The sign of a row's factor says that it is lost: registers are short.
+    const auto is_lost = [&](int row) { return __float_as_int(factor[row]) < 0; };
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const bool here = !(own[row] < kLost) && sum[row] == sum[row];
-      lost[row] = (__ballot_sync(0xffffffffu, here) >> (threadIdx.x % 32 & ~3u) & 15u) != 0;
+      if ((__ballot_sync(0xffffffffu, here) >> (threadIdx.x % 32 & ~3u) & 15u) != 0) factor[row] = -factor[row];
     }
-    if (__any_sync(0xffffffffu, lost[0] || lost[1])) {
+    if (__any_sync(0xffffffffu, is_lost(0) || is_lost(1))) {
       repeat();
-      rate(s, multiplier, lost[0] ? kLimit : INFINITY, lost[1] ? kLimit : INFINITY, own);
+      const float limit[2] = {is_lost(0) ? kLimit : INFINITY, is_lost(1) ? kLimit : INFINITY};
+      factor[0] = fabsf(factor[0]), factor[1] = fabsf(factor[1]);
+      rate(s, multiplier, limit[0], limit[1], own);
+      repeated();
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float most = fmaxf(own[row], __shfl_xor_sync(0xffffffffu, own[row], 1));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      if (lost[row] || !(most > kMost && most < kLost)) continue;
+      if (!(most > kMost && most < kLost)) continue;
       const float by = move(row, base[row] + static_cast<float>((__float_as_int(most) >> 23) - 127));
       own[row] *= by;
 #pragma unroll
       for (int i = 2 * row; i < kScores; i += 4) s[i] *= by, s[i + 1] *= by;
     }
-    careful = __any_sync(0xffffffffu, !(is_sound(0) && is_sound(1)));
   }
 };
 

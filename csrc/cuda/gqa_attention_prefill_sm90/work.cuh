@@ -8,20 +8,19 @@ namespace gqa::cuda::prefill_sm90 {
 
 enum class PrefillTask : int32_t { kAttend, kZeros, kNaN, kDone };
 
-// Written by the loading warp into one of two places by turns; read there by all others.
+// Written by the finding warp into one of kWorkPlaces by turns; read there by all others.
 struct PrefillWork {
   PrefillTask task;
   int32_t head, batch;
   int32_t q_batch, q_start;        // where query 0 is: in dense tensors `batch` and 0
   int32_t k_batch, k_start;        // and key 0
-  int32_t row0, queries;           // the tile's first query; how many the sequence has
+  int32_t row0, queries;           // the tile's first query, which may be below 0; how many the sequence has
   int32_t first_key, keys;         // keys [first_key, keys) exist
   int32_t shift;                   // query i is at key position shift + i
   int32_t first_block, end_block;  // blocks of keys that some row sees; at least one, which may be masked altogether
   int32_t first_sure, end_sure;    // blocks that every row sees
   int32_t care;                    // set where inspectors made zeros of infinite values or NaN
 };
-static_assert(2 * sizeof(PrefillWork) <= kPrefillWorkBytes);
 
 // Keys [begin, end) that query i of the sequence sees.
 __device__ __forceinline__ int seen_begin(const PrefillArgs &a, const PrefillWork &work, int i) {
@@ -57,23 +56,9 @@ __device__ __forceinline__ int afresh(int x) {
   return x;
 }
 
-// Tiles of a section in order of their height, and of one height all heads, those of one KV head side by side. Sections
-// go up and down by turns and the last one down, so that heights never jump. Blocks take tiles to and fro: each gets as
-// much as the others, and what is left to the end is short.
-template <typename Tile>
-__device__ __forceinline__ void find_work(const PrefillArgs &a, int turn, PrefillWork &work) {
+// Where the sequence of the tile is, and what it attends to.
+__device__ __forceinline__ void describe_sequence(const PrefillArgs &a, PrefillWork &work) {
   const gqa_attention_params &p = a.p;
-  const int grid = gridDim.x, block = blockIdx.x;
-  const int tile = turn * grid + (turn % 2 == 0 ? block : grid - 1 - block);
-  work.task = PrefillTask::kDone;
-  if (tile >= a.tiles) return;
-  const int section = tile / (a.section * a.row_tiles), within = tile - section * (a.section * a.row_tiles);
-  const int heads = min(a.section, a.all_heads - section * a.section);
-  const int head = section * a.section + within % heads;
-  const bool down = ((a.all_heads - 1) / a.section - section) % 2 == 0;
-  work.row0 = (down ? a.row_tiles - 1 - within / heads : within / heads) * Tile::kRows;
-  work.batch = head / p.num_q_heads;
-  work.head = head - work.batch * p.num_q_heads;
   const bool ragged = p.cu_seqlens_q.data != nullptr;
   work.q_batch = ragged ? 0 : work.batch;
   if (work.batch == p.batch) {
@@ -91,13 +76,32 @@ __device__ __forceinline__ void find_work(const PrefillArgs &a, int turn, Prefil
   work.k_start = packed ? static_cast<int>(s.k_start) : 0;
   work.first_key = static_cast<int>(s.leftpad);
   work.keys = static_cast<int>(s.keys());
+}
+
+// Fills in what follows from batch, head, and row0 counted from the first tile. The last tile of a sequence ends with
+// its queries: under a causal mask the tile that is not full is the one with the fewest keys.
+template <typename Tile>
+__device__ __forceinline__ void describe_tile(const PrefillArgs &a, PrefillWork &work) {
+  work.care = 0;
+  if (a.plain) {  // as a launch begins with it, its code is short
+    work.task = PrefillTask::kAttend;
+    work.q_batch = work.k_batch = work.batch;
+    work.q_start = work.k_start = work.first_key = 0;
+    work.queries = static_cast<int>(a.p.seqlen_q);
+    work.keys = static_cast<int>(a.p.seqlen_k);
+  } else {
+    describe_sequence(a, work);
+    if (work.task == PrefillTask::kZeros) return;
+  }
+  const int row0 = work.row0 - (Tile::kRows - 1 - (work.queries + Tile::kRows - 1) % Tile::kRows);
+  const int last_row = row0 + Tile::kRows - 1;
+  work.row0 = row0;
   work.shift = work.keys - work.queries;
-  const int last_row = min(work.row0 + Tile::kRows, work.queries) - 1;
-  work.first_block = max(0, seen_begin(a, work, work.row0)) / Tile::kKeys;
-  work.end_block = (max(0, seen_end(a, work, last_row)) + Tile::kKeys - 1) / Tile::kKeys;
-  work.end_block = max(work.first_block + 1, work.end_block);
+  const int first_block = max(0, seen_begin(a, work, row0)) / Tile::kKeys;
+  work.first_block = first_block;
+  work.end_block = max(first_block + 1, (max(0, seen_end(a, work, last_row)) + Tile::kKeys - 1) / Tile::kKeys);
   work.first_sure = (max(0, seen_begin(a, work, last_row)) + Tile::kKeys - 1) / Tile::kKeys;
-  work.end_sure = max(0, seen_end(a, work, work.row0)) / Tile::kKeys;
+  work.end_sure = max(0, seen_end(a, work, row0)) / Tile::kKeys;
 }
 
 }  // namespace gqa::cuda::prefill_sm90

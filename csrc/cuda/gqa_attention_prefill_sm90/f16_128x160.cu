@@ -1,0 +1,4 @@
+// The instance of prefill_wgmma for float16, head_dim 128 and blocks of 160 keys.
+#include "cuda/gqa_attention_prefill_sm90/launch.cuh"
+
+GQA_PREFILL_INSTANCE(__half, 4, f16_128x160)

@@ -1,0 +1,262 @@
+"""linear against float64 NumPy and torch's own: the kernel that streams weights, or torch's products."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.bounds import DTYPES, assert_within_bound, to_numpy
+from support.contract import assert_compiles, assert_graph_replays, opcheck
+from support.guard import Guard, same_bytes
+from torch import Tensor
+from torch.nn import functional as F
+
+import gqa_kernels
+from gqa_kernels import explain, linear, record_launches
+
+op = torch.ops.gqa_kernels.linear.default
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def weights_of(guard: Guard, inside: int, outs: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [guard.randn(out, inside, dtype=dtype, scale=inside**-0.5) for out in outs]
+
+
+def reference(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> np.ndarray:
+    result: np.ndarray = np.concatenate([to_numpy(x) @ to_numpy(weight).T for weight in weights], axis=-1)
+    return result if bias is None else result + to_numpy(bias)
+
+
+def baseline(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, torch.cat(weights), bias)
+
+
+def kernels(x: Tensor, weights: list[Tensor], **options: Any) -> tuple[Tensor, list[str]]:
+    with record_launches() as launches:
+        out = linear(x, *weights, **options)
+    return out, [launch["kernel"] for launch in launches]
+
+
+def kernel_for(device: str, dtype: torch.dtype, tokens: int) -> str:
+    if device == "cpu":
+        return "cpu"
+    served = dtype != torch.float32 and torch.cuda.get_device_capability() == (9, 0) and tokens <= 16
+    return "linear_stream" if served else "torch"
+
+
+@pytest.mark.abi
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 5, 64), (64,), (0, 64), (4, 1, 4, 64), (17, 64)])
+def test_p1_accuracy(guard: Guard, dtype: torch.dtype, with_bias: bool, shape: tuple[int, ...]) -> None:
+    x, weights = guard.randn(*shape, dtype=dtype), weights_of(guard, 64, (96, 24, 20), dtype)
+    tokens = x.numel() // 64
+    for count in (1, 2, 3):
+        given = weights[:count]
+        bias = guard.randn(sum(len(weight) for weight in given), dtype=dtype) if with_bias else None
+        out, names = kernels(x, given, bias=bias)
+        assert_within_bound(out, reference(x, given, bias), baseline(x, given, bias))
+        assert (out.is_contiguous() and tokens == 0) or names == [kernel_for(guard.device, dtype, tokens)]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "sizes", [(8, (1,)), (264, (40, 7, 3)), (1000, (3, 0, 130)), (4104, (33,)), (896, (896, 128, 128))]
+)
+def test_p1_sizes(guard: Guard, dtype: torch.dtype, sizes: tuple[int, tuple[int, ...]]) -> None:
+    """Rows and columns that end inside tiles and chunks; matrices that end inside a block's group of rows."""
+    weights = weights_of(guard, *sizes, dtype)
+    bias = guard.randn(sum(sizes[1]), dtype=dtype)
+    for tokens in (1, 2, 4, 5, 8, 9, 16):
+        x = guard.randn(tokens, sizes[0], dtype=dtype)
+        for static in (False, True):
+            out, names = kernels(x, weights, bias=bias, static_weights=static)
+            assert_within_bound(out, reference(x, weights, bias), baseline(x, weights, bias))
+            assert names == [kernel_for(guard.device, dtype, tokens)]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p1_a_layer_of_llama(gpu: str, dtype: torch.dtype) -> None:
+    guard = Guard(gpu)
+    weights = weights_of(guard, 4096, (4096, 1024, 1024), dtype)
+    for tokens in (1, 5, 16, 64):
+        x = guard.randn(tokens, 4096, dtype=dtype)
+        assert_within_bound(linear(x, *weights), reference(x, weights), baseline(x, weights))
+    guard.check()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p2_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+    """Rows inside wider ones full of NaN; what the kernel's alignment refuses agrees within the bound."""
+
+    def inside(tensor: Tensor, gap: int) -> Tensor:
+        return guard.place(torch.cat([tensor.cpu(), torch.full((len(tensor), gap), float("nan"), dtype=dtype)], 1))
+
+    x, weights = guard.randn(5, 264, dtype=dtype), weights_of(guard, 264, (40, 9), dtype)
+    expected, names = kernels(x, weights)
+    views = [inside(tensor, 8)[:, : tensor.shape[1]] for tensor in (x, *weights)]
+    out, strided = kernels(views[0], views[1:])
+    assert same_bytes(out, expected) and strided == names
+    assert same_bytes(linear(x.view(1, 5, 264).expand(1, 5, 264), *weights)[0], expected)
+    for i in range(3):
+        given = [x, *weights]
+        tensor = given[i].cpu()
+        for view in (inside(tensor, 3)[:, : tensor.shape[1]], guard.place(tensor, offset=1), guard.place(tensor.T).T):
+            given[i] = view
+            out, names = kernels(given[0], given[1:])
+            assert names == ["cpu" if guard.device == "cpu" else "torch"]
+            assert_within_bound(out, reference(x, weights), baseline(x, weights))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_p8_a_token_with_nan_or_infinity_keeps_to_itself(guard: Guard, dtype: torch.dtype, tokens: int) -> None:
+    x, weights = torch.randn(tokens, 264).to(dtype), weights_of(guard, 264, (520, 40), dtype)
+    clean = linear(guard.place(x), *weights)
+    x[1, 77], x[2, 200] = float("nan"), float("inf")
+    out = linear(guard.place(x), *weights)
+    assert bool(out[1].isnan().all()) and not bool(out[2].isfinite().any())
+    keep = [i for i in range(tokens) if i not in (1, 2)]
+    assert same_bytes(out[keep], clean[keep])
+
+
+def test_p10_bitwise_repeatable(guard: Guard) -> None:
+    x, weights = guard.randn(16, 896, dtype=torch.bfloat16), weights_of(guard, 896, (896, 128, 128), torch.bfloat16)
+    first = linear(x, *weights)
+    for i in range(20):
+        assert same_bytes(linear(x, *weights, static_weights=i % 2 == 1), first)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_weights_written_just_before(gpu: str, tokens: int) -> None:
+    """Without the promise of static weights, the kernel before may still be writing any of the tensors."""
+    new = [
+        torch.randn(shape, device=gpu).mul_(0.02).bfloat16() for shape in ((tokens, 2048), (8192, 2048), (2048, 2048))
+    ]
+    expected = linear(*new)
+    for i in range(3):
+        given = [tensor.clone() for tensor in new]
+        for _ in range(50):
+            given[i].fill_(float("nan"))
+            given[i].copy_(new[i])
+            assert same_bytes(linear(*given), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_inputs_written_just_before(gpu: str, tokens: int) -> None:
+    """With the promise, x may still be what another kernel is writing: here another linear, started early."""
+    first, second = (torch.randn(2048, 2048, device=gpu).mul_(0.02).bfloat16() for _ in range(2))
+    x = torch.randn(tokens, 2048, device=gpu, dtype=torch.bfloat16)
+    expected = x
+    for weight in (first, second) * 3:
+        expected = linear(expected, weight)
+        torch.cuda.synchronize()
+    for _ in range(50):
+        out = x
+        for weight in (first, second) * 3:
+            out = linear(out, weight, static_weights=True)
+        assert same_bytes(out, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_p23_graph(gpu: str, tokens: int) -> None:
+    guard = Guard(gpu)
+    x = guard.randn(tokens, 264, dtype=torch.bfloat16, writable=True)
+    weights = weights_of(guard, 264, (520, 40), torch.bfloat16)
+    assert_graph_replays(lambda: linear(x, *weights, static_weights=True), lambda: x.normal_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
+    x, weights = guard.randn(3, 64, dtype=dtype), weights_of(guard, 64, (88, 32, 16), dtype)
+    for count, bias in ((1, None), (2, guard.randn(120, dtype=dtype)), (3, None)):
+        opcheck(op, (x, *weights[:count]), {"bias": bias})
+    opcheck(op, (x[0], weights[0]), {"static_weights": True})
+
+
+def test_explain_says_why() -> None:
+    def call(tokens: int = 4, dtype: torch.dtype = torch.bfloat16, inside: int = 64) -> Any:
+        return explain("linear", *(torch.zeros(n, inside, dtype=dtype) for n in (tokens, 88, 24)), device="cuda")
+
+    assert call().kernel == "linear_stream" and call().reason == "few tokens: one kernel streams the weights"
+    for plan, reason in (
+        (call(tokens=17), "more than 16 tokens"),
+        (call(dtype=torch.float32), "float32"),
+        (call(inside=60), "in_features is no multiple of 8"),
+    ):
+        assert plan.kernel == "torch" and plan.reason == f"{reason}: torch's matrix product"
+    assert explain("linear", torch.zeros(8, 8), torch.zeros(8, 8)).reason.startswith("on the CPU")
+
+
+def test_a_small_matrix_asks_for_little_shared_memory() -> None:
+    """So that the kernel after it finds room on the SM and starts early."""
+
+    def shared(outs: int, inside: int) -> int:
+        plan = explain("linear", *(torch.zeros(n, inside, dtype=torch.bfloat16) for n in (1, outs)), device="cuda")
+        return int(plan.launches[0]["shared_memory"])
+
+    sums, stages, row = 4 * 8 * 32 * 9, 8 * 33 * 128, 128
+    assert shared(896, 512) == sums + 8 * 9 * row and shared(896, 896) == sums + 2 * 8 * 9 * row
+    assert shared(4096, 4096) == sums + 6 * stages == shared(128256, 4096)
+
+
+class Params(ctypes.Structure):
+    """gqa_linear_params."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint32) for name in ("struct_size", "dtype")),
+        ("x", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p * 3),
+        *((name, ctypes.c_void_p) for name in ("bias", "out")),
+        *((name, ctypes.c_int64) for name in ("tokens", "in_features")),
+        ("out_features", ctypes.c_int64 * 3),
+        ("x_stride", ctypes.c_int64),
+        ("weight_stride", ctypes.c_int64 * 3),
+        ("out_stride", ctypes.c_int64),
+        ("static_weights", ctypes.c_int32),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cpu_twin(dtype: torch.dtype) -> None:
+    """Of the C interface; the op leaves the CPU's products to torch."""
+    library = ctypes.CDLL(str(Path(gqa_kernels.__file__).parent / "libgqa_kernels.so"))
+    guard = Guard("cpu")
+    x, weights = guard.randn(5, 40, dtype=dtype), weights_of(guard, 40, (67, 21), dtype)
+    bias = guard.randn(88, dtype=dtype)
+    out = guard.place(torch.zeros(5, 88, dtype=dtype), writable=True)
+    p = Params(ctypes.sizeof(Params), DTYPES.index(dtype), x=x.data_ptr(), bias=bias.data_ptr(), out=out.data_ptr())
+    p.tokens, p.in_features, p.x_stride, p.out_stride = 5, 40, 40, 88
+    for i, weight in enumerate(weights):
+        p.weights[i], p.out_features[i], p.weight_stride[i] = weight.data_ptr(), len(weight), 40
+    for first, last in ((0, 2), (2, 5)):
+        assert library.gqa_linear_cpu(ctypes.byref(p), ctypes.c_int64(first), ctypes.c_int64(last)) == 0
+    assert_within_bound(out, reference(x, weights, bias), baseline(x, weights, bias))
+    guard.check()
+
+
+def test_p17_compile(guard: Guard) -> None:
+    x, weights, bias = guard.randn(3, 64), weights_of(guard, 64, (88, 32), torch.float32), guard.randn(120)
+    assert_compiles(linear, x, weights[0])
+    assert_compiles(lambda *args: linear(*args[:-1], bias=args[-1]), x, *weights, bias)
+
+
+def test_p20_misuse(device: str) -> None:
+    x, w = torch.randn(3, 64, device=device), torch.randn(88, 64, device=device)
+    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((x, w, None, w), {}, "w3 must come with a w2, got none"),
+        ((x[0, 0], w), {}, "x must be [..., in_features], got shape []"),
+        ((x, w[:, :32]), {}, "w1 must have shape [out_features, 64] to match x, got [88, 32]"),
+        ((x, w, w[0]), {}, "w2 must have shape [out_features, 64] to match x, got [64]"),
+        ((x, w, w, w.half()), {}, "w3 must have the dtype of x (float32), got float16"),
+        ((x, w), {"bias": w[:64, 0]}, "bias must have shape [88], one value for each output, got [64]"),
+        ((x, w.clone().requires_grad_()), {}, "w1 must not require grad, got requires_grad=True"),
+    ]
+    for args, options, message in cases:
+        with pytest.raises(RuntimeError) as error:
+            linear(*args, **options)
+        assert str(error.value).startswith(f"linear: {message}"), error.value
