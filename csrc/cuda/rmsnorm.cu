@@ -234,11 +234,13 @@ gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t st
   }
   constexpr int kMost = kAdd ? 2 : 4, kInCluster = kAdd ? 1 : 4;  // vectors of a thread
   if (v.cluster > 1) {
-    auto *kernel = v.held == 1 ? norm_dense_rows<kInCluster, true, kAdd, T> : norm_dense_rows<kMost, true, kAdd, T>;
+    auto *kernel = norm_dense_rows<kMost, true, !kAdd, kAdd, T>;
+    if (!v.late) kernel = norm_dense_rows<kMost, true, false, kAdd, T>;
+    if (v.held == 1) kernel = norm_dense_rows<kInCluster, true, false, kAdd, T>;
     return launch_programmatic_clusters(kernel, plan, v.cluster, stream, dense);
   }
-  auto *kernel = v.held == 1 ? norm_dense_rows<1, false, kAdd, T> : norm_dense_rows<2, false, kAdd, T>;
-  if (v.held == 4) kernel = norm_dense_rows<kMost, false, kAdd, T>;
+  auto *kernel = v.held == 1 ? norm_dense_rows<1, false, false, kAdd, T> : norm_dense_rows<2, false, false, kAdd, T>;
+  if (v.held == 4) kernel = norm_dense_rows<kMost, false, false, kAdd, T>;
   if (v.chunk != Vec<T>::kSize) {
     kernel = v.held == 4 ? norm_dense_half_rows<kMost, kAdd, T> : norm_dense_half_rows<2, kAdd, T>;
   }

@@ -118,6 +118,7 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
     variant.held = !adds ? 4 : static_cast<int>(trees_a_block);
     variant.cluster = static_cast<int>(ceil_div(trees, trees_a_block));
     threads = trees_a_block * kTreeVectors / variant.held;
+    variant.late = !adds && (trees_a_block == 2 || variant.few_rows);
   }
   const int64_t blocks = rows * std::max(variant.cluster, 1);
   if (blocks > INT32_MAX) return false;

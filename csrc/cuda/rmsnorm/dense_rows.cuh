@@ -54,14 +54,15 @@ __device__ __forceinline__ uint32_t cluster_index() {
 
 // Threads of a block, and blocks of an SM that registers are to allow.
 constexpr int dense_threads(int held) { return held == 4 ? 256 : 512; }
-constexpr int dense_blocks(int held, bool adds) {
-  if (held == 4) return 4;
+constexpr int dense_blocks(int held, bool late, bool adds) {
+  if (held == 4) return late ? 5 : 4;
   return held == 2 && adds ? 2 : held == 1 && !adds ? 4 : 3;
 }
 
-// A warp takes kHeld times 32 vectors side by side.
-template <int kHeld, bool kCluster, bool kAdds, typename T>
-__global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kAdds))
+// A warp takes kHeld times 32 vectors side by side. kLate: weights only once the sum is there, in registers for more
+// blocks; L1 would not keep them for the next block, as each exchange of a cluster empties it.
+template <int kHeld, bool kCluster, bool kLate, bool kAdds, typename T>
+__global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kLate, kAdds))
     norm_dense_rows(const __grid_constant__ DenseNorm<T> p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kHasCode = true;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kAdd
     Vec<T> x[kHeld], residual[kHeld], weight[kHeld];
     load_side_by_side<kHeld, true>(p.x + at, left, x);
     if constexpr (kAdds) load_side_by_side<kHeld, true>(p.residual + at, left, residual);
-    load_side_by_side<kHeld, false>(weights, left, weight);
+    if constexpr (!kLate) load_side_by_side<kHeld, false>(weights, left, weight);
     if constexpr (kAdds) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) x[i] = sum_of(x[i], residual[i]);
@@ -110,6 +111,7 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kAdd
     } else {
       total = sum_of_groups(sums, groups);
     }
+    if constexpr (kLate) load_side_by_side<kHeld, false>(weights, left, weight);
     const float rstd = reciprocal_rms(total, p.inverse_hidden, p.eps);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) x[i] = scaled<T, T>(anew(x[i], p.zero), weight[i], rstd, p);
