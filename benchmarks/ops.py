@@ -22,7 +22,6 @@ from benchmarks.timing import Settings
 
 EPS = 1e-5
 WARM_COPIES = 64
-Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 TB_PER_S = 2e12  # the floor under large shapes
 
 Sizes = dict[str, tuple[int, ...]]
@@ -76,6 +75,12 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
         rows, tokens = shapes.ROWS_CPU[:1] if quick else shapes.ROWS_CPU, [] if quick else shapes.FFN_TOKENS_CPU
     for count in rows:
         yield from _row_cases(settings, count, hidden, intermediate)
+        yield from _rope_cases(settings, count, shapes.ROPE_HEADS)
+    if not quick:
+        for shape in shapes.NORMS if settings.cuda else shapes.NORMS_CPU:
+            yield from _norm_cases(settings, shape.rows, shape.width)
+        for count, heads in shapes.ROPES if settings.cuda else []:
+            yield from _rope_cases(settings, count, heads)
     for count in tokens:
         sizes = {"w_gate": (intermediate, hidden), "w_up": (intermediate, hidden), "w_down": (hidden, intermediate)}
         ours = Contestant(OURS, lambda x: gqa_kernels.swiglu_ffn(x["x"], x["w_gate"], x["w_up"], x["w_down"]))
@@ -99,9 +104,8 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
         yield case
 
 
-def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) -> Iterator[Case]:
-    wide, narrow = (rows, intermediate), (rows, hidden)
-    shape = f"{rows} x {hidden}"
+def _norm_cases(settings: Settings, rows: int, hidden: int) -> Iterator[Case]:
+    narrow, shape = (rows, hidden), f"{rows} x {hidden}"
     yield _case(
         settings,
         "rmsnorm",
@@ -123,10 +127,15 @@ def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) ->
         _add_norm,
         peers.flashinfer_op(settings.device, _flashinfer_add_norm),
     )
+
+
+def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) -> Iterator[Case]:
+    wide, narrow = (rows, intermediate), (rows, hidden)
+    yield from _norm_cases(settings, rows, hidden)
     yield _case(
         settings,
         "residual_add",
-        shape,
+        f"{rows} x {hidden}",
         {"x": narrow, "residual": narrow},
         Contestant(OURS, lambda x: gqa_kernels.residual_add(x["x"], x["residual"])),
         lambda x: x["x"] + x["residual"],
@@ -139,16 +148,20 @@ def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) ->
         Contestant(OURS, lambda x: gqa_kernels.swiglu(x["gate"], x["up"])),
         lambda x: functional.silu(x["gate"]) * x["up"],
     )
+
+
+def _rope_cases(settings: Settings, tokens: int, heads: tuple[int, int, int]) -> Iterator[Case]:
+    q_heads, kv_heads, head_dim = heads
     rope_sizes: Sizes = {
-        "q": (1, rows, Q_HEADS, HEAD_DIM),
-        "k": (1, rows, KV_HEADS, HEAD_DIM),
-        "cos": (rows, HEAD_DIM // 2),
-        "sin": (rows, HEAD_DIM // 2),
+        "q": (1, tokens, q_heads, head_dim),
+        "k": (1, tokens, kv_heads, head_dim),
+        "cos": (tokens, head_dim // 2),
+        "sin": (tokens, head_dim // 2),
     }
-    name = f"{rows} tokens {Q_HEADS}:{KV_HEADS} D{HEAD_DIM}"
+    name = f"{tokens} tokens {q_heads}:{kv_heads} D{head_dim}"
     ours = Contestant(OURS, lambda x: gqa_kernels.rope(x["q"], x["k"], x["cos"], x["sin"]))
     yield _case(settings, "rope", name, rope_sizes, ours, _rope)
-    norm_sizes = rope_sizes | {"q_weight": (HEAD_DIM,), "k_weight": (HEAD_DIM,)}
+    norm_sizes = rope_sizes | {"q_weight": (head_dim,), "k_weight": (head_dim,)}
     ours = Contestant(
         OURS,
         lambda x: gqa_kernels.qk_rmsnorm_rope(
@@ -178,7 +191,7 @@ def _flashinfer_rope(flashinfer: Any) -> Callable[[Inputs], Any]:
             prepared[key] = torch.arange(len(table), device=table.device), table
         positions, table = prepared[key]
         q, k = x["q"][0].flatten(1), x["k"][0].flatten(1)
-        flashinfer.apply_rope_with_cos_sin_cache_inplace(positions, q, k, HEAD_DIM, table, True)
+        flashinfer.apply_rope_with_cos_sin_cache_inplace(positions, q, k, x["q"].shape[-1], table, True)
         return x["q"], x["k"]
 
     return call

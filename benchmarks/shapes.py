@@ -98,6 +98,12 @@ ROWS_QUICK = [8192]
 ROWS_CPU = [1, 512]
 HIDDEN, INTERMEDIATE = 4096, 14336
 HIDDEN_CPU, INTERMEDIATE_CPU = 1024, 2048
+# As many elements as 8192 x 4096 in rows of other widths, and one wide row.
+NORMS = [Rows(2**25 // width, width) for width in (896, 3584, 4100, 5120, 18944, 65536)]
+NORMS += [Rows(1, 18944)]
+NORMS_CPU = [Rows(100, 900)]
+ROPE_HEADS = 32, 8, 128
+ROPES = [(8192, (14, 2, 64)), (8192, (32, 32, 96)), (4096, (64, 8, 128)), (4096, (16, 8, 256))]
 FFN_TOKENS = [1, 16, 2048]
 FFN_TOKENS_CPU = [1]
 

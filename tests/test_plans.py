@@ -315,21 +315,24 @@ def test_norms_of_rows_without_gaps(op: str, dtype: torch.dtype) -> None:
     for rows, hidden in itertools.product((1, 1000, 5000), (*NORM_WIDTHS, 512, 1024)):
         x = torch.empty(rows, hidden, dtype=dtype)
         launch, portable = (norm_launch(gpu, op, x) for gpu in (H200, A100))
-        threads, rows_a_block, _ = launch["block"]
-        vectors, whole, blocks = -(-hidden // vector), hidden % vector == 0, launch["grid"][0] // rows
+        kernel, (threads, rows_a_block, _) = launch["kernel"], launch["block"]
+        whole = hidden % vector == 0
+        vectors = -(-(hidden if whole else hidden + vector // 2) // vector)
+        blocks, few = launch["grid"][0] // rows, rows <= 1056
         if whole and vectors <= 128:
-            assert launch == portable
-            assert launch["kernel"] == ("norm_dense_narrow_rows" if vectors <= 32 else "norm_dense_warp_rows")
-            assert launch["grid"][0] * (2 if vectors <= 32 else 1) * rows_a_block >= rows
+            name = "narrow_rows" if vectors <= 32 else "warp_pairs" if vectors <= 64 else "warp_rows"
+            assert launch == portable and kernel == f"norm_dense_{name}"
+            assert launch["grid"][0] * (2 if vectors <= 64 else 1) * rows_a_block >= rows
             assert threads * rows_a_block in (32, 64, 128, 256) and threads * 4 >= vectors
         elif hidden % (vector // 2) == 0 and 32 < vectors <= (8192 if whole else 1024):
-            assert launch["kernel"] == "norm_dense_rows" and launch["shared_memory"] == 0
-            held = 4 if op == "rmsnorm" and whole and vectors > 512 else 2
+            assert kernel == ("norm_dense_rows" if whole else "norm_dense_half_rows")
+            assert launch["shared_memory"] == 0
+            held = 4 if op == "rmsnorm" and (vectors > 1024 or (not few and (vectors > 512 or not whole))) else 2
             assert threads % 32 == 0 and threads <= 1024 // held and threads * blocks * held >= vectors
             assert (blocks == 1) == (vectors <= 1024) and blocks <= 8
             assert portable == launch if blocks == 1 else portable["kernel"] == "norm_rows"
         else:
-            assert launch["kernel"] in ("norm_rows", "norm_narrow_rows")
+            assert kernel in ("norm_rows", "norm_narrow_rows")
 
 
 def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
@@ -341,10 +344,9 @@ def test_qk_rmsnorm_rope_takes_vectors_where_a_head_fits_a_warp() -> None:
         return str(launch["kernel"])
 
     dense, vector, scalar = (f"qk_rmsnorm_rope_{name}" for name in ("dense", "vector", "scalar"))
-    assert {kernel(d, d // 2) for d in (16, 32, 64, 128, 256)} == {dense}
+    assert {kernel(d, d // 2) for d in (16, 32, 48, 64, 80, 96, 128, 256)} == {dense}
     assert kernel(128, 64, torch.float32) == dense
-    assert kernel(80, 40) == kernel(96, 48) == kernel(128, 32) == kernel(96, 32) == vector
-    assert kernel(128, 64, interleaved=True) == vector
+    assert kernel(128, 32) == kernel(96, 32) == kernel(128, 64, interleaved=True) == vector
     assert kernel(256, 128, torch.float32) == kernel(264, 132) == kernel(8, 4) == kernel(96, 36) == scalar
     assert kernel(8, 4, interleaved=True) == kernel(96, 36, interleaved=True) == vector
 

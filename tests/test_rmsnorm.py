@@ -132,6 +132,18 @@ def test_p29_a_row_decides_its_bytes_alone(guard: Guard, dtype: torch.dtype, hid
     assert same_bytes(one_cast, rmsnorm(x, weight, EPS, cast_before_weight=False))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "hidden"), [(1301, 512), (1101, 1024), (1101, 4100), (1102, 5120), (201, 65536)])
+def test_p29_many_rows(gpu: str, dtype: torch.dtype, rows: int, hidden: int) -> None:
+    """More rows than run at once, or than kernels for few take, an odd one last: as in calls of a few."""
+    x, residual = (torch.randn(rows, hidden, device=gpu).to(dtype) for _ in range(2))
+    weight = torch.randn(hidden, device=gpu).to(dtype)
+    out, (normed, total) = rmsnorm(x, weight, EPS), add_rmsnorm(x, residual, weight, EPS)
+    for few in (slice(0, 33), slice(rows // 2, rows // 2 + 33), slice(rows - 33, rows)):
+        assert same_bytes(rmsnorm(x[few], weight, EPS), out[few])
+        assert_same(add_rmsnorm(x[few], residual[few], weight, EPS), (normed[few], total[few]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("cast_before_weight", [True, False])

@@ -12,7 +12,7 @@ GQA_INLINE T *at(const Params &p, const Operand &operand, int64_t row, int64_t c
          row % p.rows[1] * operand.stride[1] + column;
 }
 
-// Op::apply(a, b) for every element of spans [first, last).
+// Op::run(a, b, out, count) for every stretch of spans [first, last).
 template <typename Op, typename T, typename Params>
 GQA_INLINE void pointwise_spans(const Params &flat, int64_t first, int64_t last) {
   const Operands all = operands(flat);
@@ -21,8 +21,7 @@ GQA_INLINE void pointwise_spans(const Params &flat, int64_t first, int64_t last)
     const int64_t row = span / spans, column = span % spans * kCpuSpan;
     const int64_t count = flat.hidden - column < kCpuSpan ? flat.hidden - column : kCpuSpan;
     const T *a = at<T>(flat, all.first, row, column), *b = at<T>(flat, all.second, row, column);
-    T *out = at<T>(flat, all.out, row, column);
-    for (int64_t i = 0; i < count; ++i) out[i] = Op::template apply<T>(a[i], b[i]);
+    Op::template run<T>(a, b, at<T>(flat, all.out, row, column), count);
   }
 }
 

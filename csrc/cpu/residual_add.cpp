@@ -6,8 +6,8 @@ namespace {
 
 struct Add {
   template <typename T>
-  GQA_INLINE static T apply(T x, T residual) {
-    return from_float<T>(to_float(x) + to_float(residual));
+  GQA_INLINE static void run(const T *x, const T *residual, T *out, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) out[i] = from_float<T>(to_float(x[i]) + to_float(residual[i]));
   }
 };
 

@@ -6,11 +6,22 @@ namespace gqa::cpu {
 namespace {
 
 struct Swiglu {
+  // 16 bits by stages, over parts that stay in L1: one loop of it all has more live values than registers.
   template <typename T>
-  GQA_INLINE static T apply(T gate, T up) {
-    const float x = to_float(gate);
-    const T silu = from_float<T>(x / (1.0f + vector_exp(-x)));
-    return from_float<T>(to_float(silu) * to_float(up));
+  GQA_INLINE static void run(const T *gate, const T *up, T *out, int64_t count) {
+    if constexpr (sizeof(T) == 4) {
+      for (int64_t i = 0; i < count; ++i) out[i] = gate[i] / (1.0f + vector_exp(-gate[i])) * up[i];
+      return;
+    }
+    constexpr int64_t kPart = 512;
+    float value[kPart];
+    for (int64_t first = 0; first < count; first += kPart) {
+      const int64_t part = count - first < kPart ? count - first : kPart;
+      for (int64_t i = 0; i < part; ++i) value[i] = to_float(gate[first + i]);
+      for (int64_t i = 0; i < part; ++i) value[i] = value[i] / (1.0f + vector_exp(-value[i]));
+      for (int64_t i = 0; i < part; ++i) value[i] = to_float(from_float<T>(value[i]));
+      for (int64_t i = 0; i < part; ++i) out[first + i] = from_float<T>(value[i] * to_float(up[first + i]));
+    }
   }
 };
 

@@ -44,12 +44,10 @@ GQA_INLINE float to_float(bfloat16 value) { return bits_to_float(static_cast<uin
 
 // Branch-free so that loops over it vectorise: rebias by a float multiply, which also makes denormals right.
 GQA_INLINE float to_float(float16 value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  const float finite = bits_to_float(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude | 0x7f800000u;
-  const uint32_t bits = magnitude >= (0x7c00u << 13) ? special : float_to_bits(finite);
-  return bits_to_float(sign | bits);
+  const uint32_t extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(value.bits)));
+  const uint32_t word = extended << 13 & 0x8fffe000u;
+  const float finite = bits_to_float(word) * 0x1p112f;
+  return bits_to_float(float_to_bits(finite) | ((word & 0x0f800000u) == 0x0f800000u ? 0x7f800000u : 0u));
 }
 
 template <typename T>
@@ -69,18 +67,19 @@ GQA_INLINE bfloat16 from_float<bfloat16>(float value) {
   return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
 }
 
+// Round to nearest even: adding 2^13 times its power of two, or that of the least normal half, leaves of a float the
+// significand of the half, which carries into the exponent where it rounds up to the next. NaN stays NaN.
 template <>
 GQA_INLINE float16 from_float<float16>(float value) {
-  const uint32_t bits = float_to_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Normal halves: rebias and round by integer arithmetic. Denormal halves: let a float addition round.
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t denormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t half = magnitude < 0x38800000u ? denormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  constexpr uint32_t kInfinity = 0x47800000u, kLeastNormal = 0x38800000u;  // 2^16 and 2^-14
+  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7fffffffu;
+  const uint32_t finite = magnitude < kInfinity ? magnitude : kInfinity;
+  const uint32_t power = (finite & 0x7f800000u) > kLeastNormal ? finite & 0x7f800000u : kLeastNormal;
+  const uint32_t shift = power + (13u << 23);
+  const uint32_t significand = float_to_bits(bits_to_float(finite) + bits_to_float(shift)) - shift;
+  uint32_t half = ((power - kLeastNormal) >> 13) + significand;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  return {static_cast<uint16_t>(sign | half)};
+  return {static_cast<uint16_t>(half | (bits >> 16 & 0x8000u))};
 }
 
 template <typename T>

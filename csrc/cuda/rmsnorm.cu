@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cuda/rmsnorm/dense_rows.cuh"
+#include "cuda/rmsnorm/half_rows.cuh"
 #include "cuda/rmsnorm/warp_rows.cuh"
 
 namespace gqa::cuda {
@@ -226,19 +227,23 @@ gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t st
   constexpr bool kAdd = kAdds<Params>;
   const int rows = static_cast<int>(p.rows[0] * p.rows[1]);
   if (v.held == 0) {
-    auto *kernel = plan.block[0] == 32 && dense.hidden > 32 * Vec<T>::kSize ? norm_dense_warp_rows<kAdd, T>
-                                                                            : norm_dense_narrow_rows<kAdd, T>;
+    auto *kernel = norm_dense_narrow_rows<kAdd, T>;
+    if (dense.hidden > 32 * Vec<T>::kSize) kernel = norm_dense_warp_pairs<kAdd, T>;
+    if (dense.hidden > 64 * Vec<T>::kSize) kernel = norm_dense_warp_rows<kAdd, T>;
     return launch_programmatic(kernel, plan, stream, dense, rows);
   }
+  constexpr int kMost = kAdd ? 2 : 4, kInCluster = kAdd ? 1 : 4;  // vectors of a thread
   if (v.cluster > 1) {
-    auto *kernel = norm_dense_rows < true, kAdd ? 2 : 4, true, kAdd, T > ;
-    if (kAdd && v.held == 1) kernel = norm_dense_rows < true, kAdd ? 1 : 4, true, kAdd, T > ;
+    auto *kernel = norm_dense_rows<kMost, true, !kAdd, kAdd, T>;
+    if (!v.late) kernel = norm_dense_rows<kMost, true, false, kAdd, T>;
+    if (v.held == 1) kernel = norm_dense_rows<kInCluster, true, false, kAdd, T>;
     return launch_programmatic_clusters(kernel, plan, v.cluster, stream, dense);
   }
-  auto *kernel = norm_dense_rows<true, 2, false, kAdd, T>;
-  if (v.chunk != Vec<T>::kSize) kernel = norm_dense_rows<false, 2, false, kAdd, T>;
-  if (v.held == 1) kernel = norm_dense_rows<true, 1, false, kAdd, T>;
-  if (!kAdd && v.held == 4) kernel = norm_dense_rows < true, kAdd ? 2 : 4, false, kAdd, T > ;
+  auto *kernel = v.held == 1 ? norm_dense_rows<1, false, false, kAdd, T> : norm_dense_rows<2, false, false, kAdd, T>;
+  if (v.held == 4) kernel = norm_dense_rows<kMost, false, false, kAdd, T>;
+  if (v.chunk != Vec<T>::kSize) {
+    kernel = v.held == 4 ? norm_dense_half_rows<kMost, kAdd, T> : norm_dense_half_rows<2, kAdd, T>;
+  }
   return launch_programmatic(kernel, plan, stream, dense);
 }
 

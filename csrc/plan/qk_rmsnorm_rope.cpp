@@ -68,9 +68,10 @@ gqa_status gqa_qk_rmsnorm_rope_plan(const gqa_qk_rmsnorm_rope_params *p, const g
   const int64_t element = gqa::dtype_size(p->dtype), vector = 16 / element;
   gqa::RopeVariant variant{gqa::fits_vectors(*p, vector), tokens <= gqa::kFewTokens,
                            2 * tokens * heads * p->head_dim * element >= gqa::kPastCache, false};
-  // The lanes of a head meet by a butterfly, each with the two halves of its pairs.
-  const int64_t lanes = p->head_dim / 2 / vector;
-  variant.dense = gqa::is_dense_rope(*p, variant.vectors) && !p->rotary.interleaved && (lanes & (lanes - 1)) == 0;
+  // The lanes of a head, each with the two halves of its pairs, meet by a butterfly: a power of two of them.
+  int64_t lanes = 1;
+  while (lanes * 2 * vector < p->head_dim) lanes *= 2;
+  variant.dense = gqa::is_dense_rope(*p, variant.vectors) && !p->rotary.interleaved;
   if (variant.dense) {
     gqa::plan_rope_dense("qk_rmsnorm_rope", "qk_rmsnorm_rope_dense", p->dtype, tokens, heads, lanes, variant, plan);
     return GQA_STATUS_OK;

@@ -69,6 +69,18 @@ bool is_dense_norm(const Params &p) {
   return dense;
 }
 
+// Whether rows begin alike, at a vector or between two, in all tensors.
+template <typename Params>
+bool begin_alike(const Params &p) {
+  const auto like_x = [&](const void *data) {
+    return (reinterpret_cast<uintptr_t>(data) - reinterpret_cast<uintptr_t>(p.x)) % 16 == 0;
+  };
+  if constexpr (std::is_same_v<Params, gqa_add_rmsnorm_params>) {
+    return like_x(p.out) && like_x(p.residual) && like_x(p.residual_out);
+  }
+  return like_x(p.out);
+}
+
 bool has_clusters(const gqa_device *device) {
   return device != nullptr && device->compute_capability == 90 && has_sm90_code();
 }
@@ -76,22 +88,29 @@ bool has_clusters(const gqa_device *device) {
 // The kernels of dense_rows.cuh; false where they do not serve. `variant` holds what is known of it.
 template <typename Params>
 bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormVariant variant, gqa_plan *plan) {
-  const int64_t rows = p.rows[0] * p.rows[1], vector = 16 / dtype_size(p.dtype), vectors = ceil_div(p.hidden, vector);
-  const bool whole = variant.chunk == vector, narrow = vectors <= 32;
-  if (!is_dense_norm(p) || variant.chunk == 1 || (!whole && (narrow || vectors > 2 * kTreeVectors))) return false;
+  const int64_t rows = p.rows[0] * p.rows[1], vector = 16 / dtype_size(p.dtype);
+  const bool whole = variant.chunk == vector;
+  // Of memory, where a row may begin with half of one.
+  const int64_t vectors = ceil_div(p.hidden + (whole ? 0 : vector / 2), vector);
+  const bool narrow = vectors <= 32;
+  if (!is_dense_norm(p) || variant.chunk == 1) return false;
+  if (!whole && (narrow || vectors > 2 * kTreeVectors || !begin_alike(p))) return false;
   variant.dense = true;
   const bool adds = light_held<Params>() == 1;
   if (vectors <= kWarpVectors && whole) {
     int64_t x = 32;
     while (x > 1 && x / 2 >= vectors) x /= 2;
-    const int64_t y = std::max<int64_t>(32 / x, variant.few_rows ? 1 : kThreads / x), rows_each = narrow ? 2 : 1;
+    const int64_t y = std::max<int64_t>(32 / x, variant.few_rows ? 1 : kThreads / x), rows_each = vectors <= 64 ? 2 : 1;
+    const char *kernel = narrow          ? "norm_dense_narrow_rows"
+                         : vectors <= 64 ? "norm_dense_warp_pairs"
+                                         : "norm_dense_warp_rows";
     variant.held = 0;
-    add_launch(plan, make_launch(op, narrow ? "norm_dense_narrow_rows" : "norm_dense_warp_rows", p.dtype,
-                                 {ceil_div(rows, rows_each * y)}, {x, y}, 0, variant.encode()));
+    add_launch(plan, make_launch(op, kernel, p.dtype, {ceil_div(rows, rows_each * y)}, {x, y}, 0, variant.encode()));
     plan->reason = "a row without gaps fits the registers of one warp";
     return true;
   }
-  variant.held = !whole ? 2 : vectors > kTreeVectors ? (adds ? 2 : 4) : adds || rows <= kMediumRowsLimit ? 1 : 2;
+  const bool light = adds || rows <= kMediumRowsLimit;
+  variant.held = !whole || vectors > kTreeVectors ? (light ? 2 : 4) : light ? 1 : 2;
   int64_t threads = ceil_div(ceil_div<int64_t>(vectors, variant.held), int64_t{32}) * 32;
   if (vectors > 2 * kTreeVectors) {
     const int64_t trees = ceil_div(vectors, kTreeVectors), trees_a_block = ceil_div(trees, kMostBlocks);
@@ -99,10 +118,12 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
     variant.held = !adds ? 4 : static_cast<int>(trees_a_block);
     variant.cluster = static_cast<int>(ceil_div(trees, trees_a_block));
     threads = trees_a_block * kTreeVectors / variant.held;
+    variant.late = !adds && (trees_a_block == 2 || variant.few_rows);
   }
   const int64_t blocks = rows * std::max(variant.cluster, 1);
   if (blocks > INT32_MAX) return false;
-  add_launch(plan, make_launch(op, "norm_dense_rows", p.dtype, {blocks}, {threads}, 0, variant.encode()));
+  const char *kernel = whole ? "norm_dense_rows" : "norm_dense_half_rows";
+  add_launch(plan, make_launch(op, kernel, p.dtype, {blocks}, {threads}, 0, variant.encode()));
   plan->reason = variant.cluster > 1 ? "a row without gaps is spread over the blocks of a cluster"
                                      : "a row without gaps is spread over the threads of a block";
   return true;

@@ -27,13 +27,15 @@ struct NormVariant {
   bool keeps;       // what registers do not hold of a row is kept in shared memory
   bool dense;       // rows without gaps, weights of their dtype: dense_rows.cuh
   int cluster;      // blocks that share a row
+  bool late;        // of a cluster: weights are asked for only once the sum is there
 
   int32_t encode() const {
-    return held | chunk << 4 | few_rows << 8 | past_cache << 9 | keeps << 10 | dense << 11 | cluster << 12;
+    return held | chunk << 4 | few_rows << 8 | past_cache << 9 | keeps << 10 | dense << 11 | cluster << 12 | late << 16;
   }
   static NormVariant decode(int32_t v) {
-    return {v & 15,      v >> 4 & 15, (v >> 8 & 1) != 0, (v >> 9 & 1) != 0, (v >> 10 & 1) != 0, (v >> 11 & 1) != 0,
-            v >> 12 & 15};
+    return {
+        v & 15,       v >> 4 & 15,       (v >> 8 & 1) != 0, (v >> 9 & 1) != 0, (v >> 10 & 1) != 0, (v >> 11 & 1) != 0,
+        v >> 12 & 15, (v >> 16 & 1) != 0};
   }
 };
 

@@ -44,15 +44,24 @@ bool is_dense_rope(const Params &p, bool vectors) {
          p.batch * p.seqlen <= INT32_MAX / 2;
 }
 
-// x lanes take a head; a block has up to 320 threads, whole warps of them.
+// Of a block. Registers allow an SM more warps in small blocks than in large ones.
+constexpr int kRopeThreads = 160;
+
+// x lanes take a head; a block takes as many heads as leave the fewest warps idle. Blocks of one token run side by
+// side.
 inline void plan_rope_dense(const char *op, const char *kernel, int32_t dtype, int64_t tokens, int64_t heads, int64_t x,
                             const RopeVariant &variant, gqa_plan *plan) {
-  constexpr int64_t kMaxThreads = 320, kFullBlock = 256;
-  const int64_t in_warp = 32 % x == 0 ? 32 / x : 1, most = kMaxThreads / x / in_warp * in_warp;
-  const int64_t y = ceil_div(ceil_div(heads, ceil_div(heads, most)), in_warp) * in_warp;
-  const int64_t z = std::min(std::max<int64_t>(kFullBlock / (x * y), 1), std::min<int64_t>(tokens, 64));
-  add_launch(plan,
-             make_launch(op, kernel, dtype, {ceil_div(tokens, z), ceil_div(heads, y)}, {x, y, z}, 0, variant.encode()));
+  constexpr int64_t kMaxGridY = 32768;
+  const int64_t in_warp = 32 % x == 0 ? 32 / x : 1;
+  const auto warps = [&](int64_t y) { return ceil_div(heads, y) * ceil_div(x * y, int64_t{32}); };
+  int64_t y = in_warp;
+  for (int64_t more = in_warp; more <= kRopeThreads / x && more < heads + in_warp; more += in_warp) {
+    if (warps(more) <= warps(y)) y = more;
+  }
+  const int64_t z = std::min(std::max<int64_t>(kRopeThreads / (x * y), 1), std::min<int64_t>(tokens, 64));
+  const int64_t blocks = ceil_div(tokens, z), grid_y = std::min(blocks, kMaxGridY);
+  add_launch(plan, make_launch(op, kernel, dtype, {ceil_div(heads, y), grid_y, ceil_div(blocks, grid_y)}, {x, y, z}, 0,
+                               variant.encode()));
   plan->reason = "heads are whole, aligned and side by side in a token";
 }
 

@@ -1,5 +1,6 @@
 // rope, and qk_rmsnorm_rope, of whole heads that lie side by side in a token: what models call.
-// x is the lanes of a head, 8 pairs (4 of float32) each, y heads, z tokens; blockIdx.y parts a token with many heads.
+// x is the lanes of a head, 8 pairs (4 of float32) each, y heads, z tokens. The blocks that share a token, blockIdx.x,
+// run side by side, so that its angles are read from DRAM once; the tokens go on in blockIdx.y and z.
 // Memory order: position, then the two vectors of a lane's pairs with their weights and angles, then both written; all
 // loads of a thread are under way before the first is used. Limits: plan/rope_dense.h. Determinism: the pairs
 // (i, i + dim / 2) of a lane are what meets first in the order of square_sum.cuh, so a norm's bytes are norm_rows's,
@@ -70,21 +71,31 @@ __device__ __forceinline__ void load_table(const void *table, int64_t at, bool t
   }
 }
 
-// Blocks of an SM that registers allow.
+// Over a head's vectors in the order of square_sum.cuh, of `lanes` lanes the `low` ones and after them the `high` ones:
+// a lane adds to its own the vector blockDim.x, a power of two, further on, or has it where it has none; these meet by
+// a butterfly. Lanes past the head bring zeros.
+__device__ __forceinline__ float head_sum(float low, float high, int lanes) {
+  const float further = __shfl_sync(0xffffffffu, high, threadIdx.x - lanes, blockDim.x);
+  return group_sum(low + further, blockDim.x);
+}
+
+// Blocks of an SM that registers are to allow.
 template <typename W>
 constexpr int rope_dense_blocks() {
-  return std::is_void_v<W> ? 4 : std::is_same_v<W, float> ? 2 : 3;
+  return std::is_void_v<W> ? 9 : std::is_same_v<W, float> ? 6 : 7;
 }
 
 // W is the dtype of the weights; void: no norm.
 template <typename T, typename W, typename C, bool kInterleaved>
-__global__ void __launch_bounds__(320, rope_dense_blocks<W>()) rope_dense(const __grid_constant__ DenseRope<T> p) {
+__global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W>())
+    rope_dense(const __grid_constant__ DenseRope<T> p) {
   constexpr int N = Vec<T>::kSize;
   constexpr bool kNorms = !std::is_void_v<W>;
   launch_dependents();
-  const int token = blockIdx.x * blockDim.z + threadIdx.z, head = blockIdx.y * blockDim.y + threadIdx.y;
+  const int token = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.z + threadIdx.z;
+  const int head = blockIdx.x * blockDim.y + threadIdx.y;
   const bool is_q = head < p.num_q_heads;
-  const bool active = token < p.tokens && head < p.heads;
+  const bool active = token < p.tokens && head < p.heads && threadIdx.x < p.head_dim / (2 * N);
   const int pair = threadIdx.x * N, low = kInterleaved ? 2 * pair : pair;
   const int high = (kInterleaved ? N : p.head_dim / 2);  // from low
   const int within = (is_q ? head : head - p.num_q_heads) * p.head_dim + low;
@@ -102,14 +113,17 @@ __global__ void __launch_bounds__(320, rope_dense_blocks<W>()) rope_dense(const 
   have_ready(static_cast<int>(p.past_cache));
   if constexpr (kNorms) have_ready(p.eps);
   wait_for_prerequisites();
-  Vec<T> a{}, b{};
-  if (active) a = load_vec(in);
-  if (active) b = load_vec(in + high);
+  // The position first, its branch ahead of all loads: what follows a branch after them would wait for them.
   if (p.table_rows == 0 && active) {
+    prefetch_l2(in);
+    prefetch_l2(in + high);
     const uint32_t batch = static_cast<uint32_t>(token) / static_cast<uint32_t>(p.seqlen);
     const int64_t s = token - static_cast<int64_t>(batch) * p.seqlen, offset = rotary_offset(p.rotary, batch, s, s);
     angles = offset < 0 ? -1 : offset + pair;
   }
+  Vec<T> a{}, b{};
+  if (active) a = load_vec(in);
+  if (active) b = load_vec(in + high);
   const bool turns = active && angles >= 0;
   float cosine[N], sine[N];
   load_table<N, C>(p.cos, angles, turns, cosine);
@@ -119,7 +133,7 @@ __global__ void __launch_bounds__(320, rope_dense_blocks<W>()) rope_dense(const 
     Weights<T, W> weight_a{}, weight_b{};
     if (active) weight_a = load_weights<N, T>(weight, 0, N);
     if (active) weight_b = load_weights<N, T>(weight, high, high + N);
-    const float total = group_sum(square_sum(a) + square_sum(b), blockDim.x);
+    const float total = head_sum(square_sum(a), square_sum(b), p.head_dim / (2 * N));
     const float rstd = reciprocal_rms(total, p.inverse_dim, p.eps);
     a = scaled<T, W>(a, weight_a, rstd, p);
     b = scaled<T, W>(b, weight_b, rstd, p);

@@ -17,8 +17,8 @@ struct WeightStream {
   int32_t ends[2];  // outputs of the first matrix, and of the first two: features where there are no more
   int32_t features, columns, tokens;
   int32_t rows, ring;  // of weights in a stage, and stages of a warp: the launch sets them
-  bool gated;    // out = swiglu of the products with weights[0] and weights[1]
-  bool early;    // the weights may be read before the kernel before has ended
+  bool gated;          // out = swiglu of the products with weights[0] and weights[1]
+  bool early;          // the weights may be read before the kernel before has ended
 };
 
 gqa_status launch_weight_stream(const gqa_launch &plan, int32_t dtype, WeightStream p, cudaStream_t stream);

@@ -54,14 +54,15 @@ __device__ __forceinline__ uint32_t cluster_index() {
 
 // Threads of a block, and blocks of an SM that registers are to allow.
 constexpr int dense_threads(int held) { return held == 4 ? 256 : 512; }
-constexpr int dense_blocks(bool whole, int held, bool adds) {
-  if (held == 4) return 4;
-  return held == 2 && (adds || !whole) ? 2 : held == 1 && !adds ? 4 : 3;
+constexpr int dense_blocks(int held, bool late, bool adds) {
+  if (held == 4) return late ? 5 : 4;
+  return held == 2 && adds ? 2 : held == 1 && !adds ? 4 : 3;
 }
 
-// A warp takes kHeld times 32 vectors side by side.
-template <bool kWhole, int kHeld, bool kCluster, bool kAdds, typename T>
-__global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kWhole, kHeld, kAdds))
+// A warp takes kHeld times 32 vectors side by side. kLate: weights only once the sum is there, in registers for more
+// blocks; L1 would not keep them for the next block, as each exchange of a cluster empties it.
+template <int kHeld, bool kCluster, bool kLate, bool kAdds, typename T>
+__global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kLate, kAdds))
     norm_dense_rows(const __grid_constant__ DenseNorm<T> p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kHasCode = true;
@@ -73,8 +74,7 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kWhole, kHe
     __shared__ __align__(16) float sums[2 * kTreeGroups];
     __shared__ std::conditional_t<kCluster, ClusterSum, char> of_cluster;
     launch_dependents();
-    const int warp = threadIdx.x / 32;
-    int first = (warp * kHeld * 32 + threadIdx.x % 32) * kVector;
+    int first = (threadIdx.x / 32 * kHeld * 32 + threadIdx.x % 32) * kVector;
     uint32_t row = blockIdx.x;
     if constexpr (kCluster) {
       first += cluster_rank() * blockDim.x * kHeld * kVector;
@@ -93,35 +93,29 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kWhole, kHe
     have_dense_ready<kAdds>(p, at);
     wait_for_prerequisites();
     Vec<T> x[kHeld], residual[kHeld], weight[kHeld];
-    load_side_by_side<kHeld, kWhole, true>(p.x + at, left, x);
-    if constexpr (kAdds) load_side_by_side<kHeld, kWhole, true>(p.residual + at, left, residual);
-    load_side_by_side<kHeld, kWhole, false>(weights, left, weight);
+    load_side_by_side<kHeld, true>(p.x + at, left, x);
+    if constexpr (kAdds) load_side_by_side<kHeld, true>(p.residual + at, left, residual);
+    if constexpr (!kLate) load_side_by_side<kHeld, false>(weights, left, weight);
     if constexpr (kAdds) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) x[i] = sum_of(x[i], residual[i]);
-      store_side_by_side<kHeld, kWhole>(p.residual_out + at, left, x, p.past_cache);
+      store_side_by_side<kHeld>(p.residual_out + at, left, x, p.past_cache);
     }
     float part[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) part[i] = square_sum(x[i]);
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      part[i] = group_sum(part[i], 32);
-      if (threadIdx.x % 32 == 0) sums[warp * kHeld + i] = part[i];
-    }
-    const int held = kHeld * (blockDim.x / 32), groups = held > kTreeGroups ? 2 * kTreeGroups : kTreeGroups;
-    if (static_cast<int>(threadIdx.x) < groups - held) sums[held + threadIdx.x] = 0;
-    __syncthreads();
+    const int groups = share_groups(part, sums);
     float total;
     if constexpr (kCluster) {
       total = of_cluster.finish(sums, groups);
     } else {
       total = sum_of_groups(sums, groups);
     }
+    if constexpr (kLate) load_side_by_side<kHeld, false>(weights, left, weight);
     const float rstd = reciprocal_rms(total, p.inverse_hidden, p.eps);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) x[i] = scaled<T, T>(anew(x[i], p.zero), weight[i], rstd, p);
-    store_side_by_side<kHeld, kWhole>(p.out + at, left, x, p.past_cache);
+    store_side_by_side<kHeld>(p.out + at, left, x, p.past_cache);
   }
 }
 

@@ -34,81 +34,40 @@ __device__ __forceinline__ void have_dense_ready(const DenseNorm<T> &p, int64_t 
   have_ready(static_cast<int>(p.past_cache));
 }
 
-// The halves of a vector as words of 8 bytes.
-template <typename T>
-__device__ __forceinline__ uint2 &half_of(Vec<T> &vec, int half) {
-  return reinterpret_cast<uint2 *>(vec.value)[half];
-}
-
-// What a thread takes of a row: kHeld vectors, 32 apart, from `row` on, where the first of them lies; `left` is what is
-// left of the row from there. Zeros past its end. kWhole: rows are whole aligned vectors. Else `row` may lie between
-// two vectors and the row may end with half of one: a warp then moves the aligned vectors that its own straddle, and
-// each lane has its first half from the lane before it.
-template <int kHeld, bool kWhole, bool kOnce, typename T>
+// What a thread takes of a row of whole vectors: kHeld of them, 32 apart, from `row` on, where the first lies; `left`
+// is what is left of the row from there. Zeros past its end.
+template <int kHeld, bool kOnce, typename T>
 __device__ __forceinline__ void load_side_by_side(const T *row, int left, Vec<T> (&vecs)[kHeld]) {
-  constexpr int kVector = Vec<T>::kSize, kHalf = kVector / 2, kStep = kGroupVectors * kVector;
-  if constexpr (!kWhole) {
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-      const int lane = threadIdx.x % 32;
-      Vec<T> moved[kHeld];
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        vecs[i] = moved[i] = Vec<T>{};
-        const int end = left - i * kStep;  // elements from the vector to the end of the row
-        const T *at = row + i * kStep;
-        const bool both = lane < 31 && end > kVector;
-        if (both) moved[i] = kOnce ? load_vec_once(at + kHalf) : load_vec(at + kHalf);
-        if (!both && end >= kVector) half_of(moved[i], 0) = *reinterpret_cast<const uint2 *>(at + kHalf);
-        if (lane == 0 && end > 0) half_of(vecs[i], 0) = *reinterpret_cast<const uint2 *>(at);
-      }
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        const uint2 mine = half_of(moved[i], 1);
-        const uint2 before = {__shfl_up_sync(0xffffffffu, mine.x, 1), __shfl_up_sync(0xffffffffu, mine.y, 1)};
-        if (lane != 0) half_of(vecs[i], 0) = before;
-        half_of(vecs[i], 1) = half_of(moved[i], 0);
-      }
-      return;
-    }
-  }
+  constexpr int kStep = kGroupVectors * Vec<T>::kSize;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     vecs[i] = Vec<T>{};
-    const T *at = row + i * kStep;
-    if (i * kStep + (kWhole ? 0 : kHalf) < left) vecs[i] = kOnce ? load_vec_once(at) : load_vec(at);
-    if (!kWhole && i * kStep + kHalf == left) half_of(vecs[i], 0) = *reinterpret_cast<const uint2 *>(at);
+    if (i * kStep < left) vecs[i] = kOnce ? load_vec_once(row + i * kStep) : load_vec(row + i * kStep);
   }
 }
 
-template <int kHeld, bool kWhole, typename T>
+template <int kHeld, typename T>
 __device__ __forceinline__ void store_side_by_side(T *row, int left, Vec<T> (&vecs)[kHeld], bool past_cache) {
-  constexpr int kVector = Vec<T>::kSize, kHalf = kVector / 2, kStep = kGroupVectors * kVector;
-  if constexpr (!kWhole) {
-    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-      const int lane = threadIdx.x % 32;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        T *at = row + i * kStep;
-        const int end = left - i * kStep;
-        const uint2 mine = half_of(vecs[i], 0);
-        const uint2 after = {__shfl_down_sync(0xffffffffu, mine.x, 1), __shfl_down_sync(0xffffffffu, mine.y, 1)};
-        const bool both = lane < 31 && end > kVector;
-        Vec<T> moved;
-        half_of(moved, 0) = half_of(vecs[i], 1);
-        half_of(moved, 1) = after;
-        if (both) store<kVector>(at + kHalf, 0, 0, moved, past_cache);
-        if (!both && end >= kVector) *reinterpret_cast<uint2 *>(at + kHalf) = half_of(moved, 0);
-        if (lane == 0 && end > 0) *reinterpret_cast<uint2 *>(at) = mine;
-      }
-      return;
-    }
-  }
+  constexpr int kVector = Vec<T>::kSize, kStep = kGroupVectors * kVector;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    T *at = row + i * kStep;
-    if (i * kStep + (kWhole ? 0 : kHalf) < left) store<kVector>(at, 0, 0, vecs[i], past_cache);
-    if (!kWhole && i * kStep + kHalf == left) *reinterpret_cast<uint2 *>(at) = half_of(vecs[i], 0);
+    if (i * kStep < left) store<kVector>(row + i * kStep, 0, 0, vecs[i], past_cache);
   }
+}
+
+// Leaves the sums of the block's groups in `sums`, up to two trees of them with zeros past the last, and says how many.
+// part: of the squares of a thread's vectors.
+template <int kHeld>
+__device__ __forceinline__ int share_groups(float (&part)[kHeld], float *sums) {
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    part[i] = group_sum(part[i], 32);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 * kHeld + i] = part[i];
+  }
+  const int held = kHeld * (blockDim.x / 32), groups = held > kTreeGroups ? 2 * kTreeGroups : kTreeGroups;
+  if (static_cast<int>(threadIdx.x) < groups - held) sums[held + threadIdx.x] = 0;
+  __syncthreads();
+  return groups;
 }
 
 }  // namespace gqa::cuda
