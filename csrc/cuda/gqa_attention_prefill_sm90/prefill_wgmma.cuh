@@ -106,8 +106,10 @@ struct PrefillRows {
         const uint32_t x[4] = {pair(q + d), pair(lower), second(q + d), second(lower)};
         multiply_add<T>(four, x, pair(k + d), second(k + d));
       }
+      // Pages are multiples of 16 rows, so these 8 keys are of one.
+      const bool lacks = lacks_page(a, work, block * kKeys + 8 * n);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) again[4 * n + i] = four[i];
+      for (int i = 0; i < 4; ++i) again[4 * n + i] = lacks ? __int_as_float(0x7fffffff) : four[i];
     }
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) scores[i] = again[i];
@@ -421,7 +423,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (warp == 1) {
       find_tiles<Tile>(a, memory, work);
     } else {
-      meet();
+      meet<Tile>();
       if (warp == 0) {
         load_tiles<Tile>(a, q, k, v, memory, work);
       } else {
@@ -429,7 +431,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       }
     }
   } else {
-    meet();
+    meet<Tile>();
     take_registers<Tile::kRegisters>();
     attend_tiles<T, Tile>(a, shared_memory, memory, work, warpgroup - 1);
   }

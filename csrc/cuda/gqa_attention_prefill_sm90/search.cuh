@@ -84,8 +84,11 @@ __device__ __forceinline__ bool find_ragged(const PrefillArgs &a, int tile, Tile
   return true;
 }
 
-// All threads of the block, from wherever they are.
-__device__ __forceinline__ void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
+// All threads of the block, from wherever they are: by a barrier of its own, as __syncthreads() wants one place.
+template <typename Tile>
+__device__ __forceinline__ void meet() {
+  asm volatile("bar.sync 15, %0;" ::"n"(Tile::kThreads) : "memory");
+}
 
 // The next tile that has queries, or that there is none. By one warp: a lookup takes thousands of clocks.
 template <typename Tile>
@@ -129,7 +132,7 @@ __device__ __forceinline__ void find_tiles(const PrefillArgs &a, uint32_t memory
     if (at.count > 0) mbarrier_wait(barriers.work_empty(afresh(at.stage())), at.parity() ^ 1);
     find_tile<Tile>(a, search, place());
     const bool done = place().task == PrefillTask::kDone;
-    if (at.count == 0) meet();
+    if (at.count == 0) meet<Tile>();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(barriers.work_full(afresh(at.stage())));
     if (done) return;

@@ -141,7 +141,7 @@ struct PrefillSoftmax {
   }
 
   // Some row's weights have become large: its base moves up by as much, and the weights are scaled like sums are. Where
-  // they may have overflowed, back to the scores. A row that is NaN already stays it.
+  // they may have overflowed, back to the scores. No overflow makes NaN: a row that is NaN stays it.
   template <int kScores, typename Repeat, typename Repeated>
   __device__ __forceinline__ void correct(float (&s)[kScores], float multiplier, float (&own)[2], Repeat &&repeat,
                                           Repeated &&repeated) {
@@ -149,7 +149,7 @@ struct PrefillSoftmax {
     const auto is_lost = [&](int row) { return __float_as_int(factor[row]) < 0; };
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const bool here = !(own[row] < kLost) && sum[row] == sum[row];
+      const bool here = own[row] >= kLost && sum[row] == sum[row];
       if ((__ballot_sync(0xffffffffu, here) >> (threadIdx.x % 32 & ~3u) & 15u) != 0) factor[row] = -factor[row];
     }
     if (__any_sync(0xffffffffu, is_lost(0) || is_lost(1))) {

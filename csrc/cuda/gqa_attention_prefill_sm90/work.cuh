@@ -36,7 +36,14 @@ __device__ __forceinline__ int64_t lse_at(const gqa_attention_params &p, const P
              : (static_cast<int64_t>(work.batch) * p.num_q_heads + work.head) * p.seqlen_q + row;
 }
 
-// Where a key or value is that exists. A page that does not is taken for page 0: such rows are NaN already.
+// Whether the page of a key does not exist: scores with it are NaN.
+__device__ __forceinline__ bool lacks_page(const PrefillArgs &a, const PrefillWork &work, int key) {
+  if (a.page_rows == 0) return false;
+  const int64_t wanted = load_index(a.p.block_table, work.batch, key / a.p.page_size);
+  return wanted < 0 || wanted >= a.p.num_pages;
+}
+
+// Where a key or value is that exists. A page that does not is taken for page 0: the scores are NaN all the same.
 template <typename T>
 __device__ __forceinline__ const T *key_row(const PrefillArgs &a, const PrefillWork &work, const void *base,
                                             const int64_t *stride, int key) {
