@@ -101,6 +101,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join(line.rstrip() for line in text)
 
 
+def _without_out(arguments: list[str]) -> list[str]:
+    """Where the files went says nothing about the run."""
+    at = arguments.index("--out") if "--out" in arguments else len(arguments)
+    return arguments[:at] + arguments[at + 2 :]
+
+
 def _output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
@@ -119,7 +125,7 @@ def circumstances(device: str, reader: str, commit: str | None = None) -> dict[s
     """Where and how the numbers came to be."""
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks", *_without_out(sys.argv[1:])]),
         "commit": commit or _output("git", "rev-parse", "HEAD"),
         "changed_files": (_output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines(),
         "python": platform.python_version(),
