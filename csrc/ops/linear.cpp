@@ -53,15 +53,22 @@ void say_torch(const Tensor &x, const char *reason) {
   explaining() ? record_plan(plan) : log_launch(plan.launches[0]);
 }
 
+Tensor new_output(const Tensor &x, int64_t features) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = features;
+  return torch::stable::new_empty(x, {sizes.data(), sizes.size()});
+}
+
 Tensor by_products(const Tensor &x, const std::vector<Tensor> &weights, const std::optional<Tensor> &bias,
-                   const Tensor &out) {
+                   int64_t features) {
   if (weights.size() == 1) return product(x, weights[0], bias);
+  Tensor out = new_output(x, features);
   int64_t at = 0;
   for (const Tensor &weight : weights) {
     const int64_t count = weight.size(0);
     std::optional<Tensor> part;
     if (bias.has_value()) part = torch::stable::narrow(const_cast<Tensor &>(*bias), 0, at, count);
-    Tensor to = torch::stable::narrow(const_cast<Tensor &>(out), out.dim() - 1, at, count);
+    Tensor to = torch::stable::narrow(out, out.dim() - 1, at, count);
     if (!explaining()) torch::stable::copy_(to, product(x, weight, part));
     at += count;
   }
@@ -83,27 +90,26 @@ Tensor linear(const Tensor &x, const Tensor &w1, const std::optional<Tensor> &w2
     p.out_stride += p.out_features[i];
     in_rows = in_rows && has_rows(weights[i]);
   }
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = p.out_stride;
-  const Tensor out = torch::stable::new_empty(x, {sizes.data(), sizes.size()});
-  if (x.numel() == 0 || p.out_features[0] == 0) return by_products(x, weights, bias, out);
+  if (x.numel() == 0 || p.out_features[0] == 0) return by_products(x, weights, bias, p.out_stride);
   Rows rows;
   const bool strided = collapse(x, &rows) && rows.count[0] == 1;
   p.tokens = strided ? rows.count[1] : x.numel() / p.in_features;
   p.x = x.data_ptr();
   p.x_stride = strided ? rows.stride[1] : p.in_features;
   p.bias = bias.has_value() ? bias->data_ptr() : nullptr;
-  p.out = out.data_ptr();
+  p.out = x.data_ptr();  // until the plan has accepted the call
   p.static_weights = static_weights;
   constexpr auto kEntry = GQA_ENTRY(kOp, linear, gqa_linear_params);
   const char *reason = on_cuda(x) ? refusal(kEntry, p, x) : "on the CPU: torch's matrix product";
   if (!strided || !in_rows) reason = "rows are not contiguous: torch's matrix product";
   if (reason == nullptr) {
+    const Tensor out = new_output(x, p.out_stride);
+    p.out = out.data_ptr();
     run(kEntry, p, x, p.in_features * p.out_stride);
     return out;
   }
   say_torch(x, reason);
-  return by_products(x, weights, bias, out);
+  return by_products(x, weights, bias, p.out_stride);
 }
 
 }  // namespace
