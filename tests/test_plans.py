@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.calls import random_call
+from support.kernels import HOPPER
 from torch import Tensor
 
 import gqa_kernels
@@ -66,6 +67,18 @@ def test_every_plan_fits_the_device(op: str, gpu: str) -> None:
             assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 1024
             assert launch["shared_memory"] <= GPUS[gpu]["max_shared_memory"]
             assert all(size <= 65535 for size in launch["grid"][1:])
+
+
+@pytest.mark.parametrize("op", HOPPER)
+def test_random_calls_reach_the_hopper_kernels(op: str) -> None:
+    """Of the first four, which most tests of every op make; a quantised cache among them."""
+    reached = []
+    for seed in range(4):
+        args, kwargs = random_call(op, seed, "cpu")
+        plan = plan_for(H200, op, *args, **kwargs)
+        if HOPPER[op] in [launch["kernel"] for launch in plan["launches"]]:
+            reached.append("quantised" if "k_scale" in kwargs else "as it is")
+    assert set(reached) == ({"quantised", "as it is"} if op == "gqa_attention_decode" else {"as it is"})
 
 
 @pytest.mark.parametrize("op", OPS)
