@@ -301,7 +301,7 @@ def norm_launch(gpu: dict[str, int], op: str, x: Tensor) -> dict[str, object]:
     return launch
 
 
-NORM_WIDTHS = (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536)
+NORM_WIDTHS = (1, 7, 32, 128, 256, 264, 268, 896, 4096, 4100, 5120, 14336, 18944, 32768, 65536)
 
 
 @pytest.mark.parametrize("op", ["rmsnorm", "add_rmsnorm"])
@@ -330,19 +330,21 @@ def test_norms_of_rows_without_gaps(op: str, dtype: torch.dtype) -> None:
         launch, portable = (norm_launch(gpu, op, x) for gpu in (H200, A100))
         kernel, (threads, rows_a_block, _) = launch["kernel"], launch["block"]
         whole = hidden % vector == 0
-        vectors = -(-(hidden if whole else hidden + vector // 2) // vector)
+        vectors = -(-hidden // vector) if whole else hidden // vector
         blocks, few = launch["grid"][0] // rows, rows <= 1056
         if whole and vectors <= 128:
             name = "narrow_rows" if vectors <= 32 else "warp_pairs" if vectors <= 64 else "warp_rows"
             assert launch == portable and kernel == f"norm_dense_{name}"
             assert launch["grid"][0] * (2 if vectors <= 64 else 1) * rows_a_block >= rows
             assert threads * rows_a_block in (32, 64, 128, 256) and threads * 4 >= vectors
-        elif hidden % (vector // 2) == 0 and 32 < vectors <= (8192 if whole else 1024):
+        elif hidden % (vector // 2) == 0 and hidden > 32 * vector and vectors <= (8192 if whole else 1023):
             assert kernel == ("norm_dense_rows" if whole else "norm_dense_half_rows")
             assert launch["shared_memory"] == 0
             held = 4 if op == "rmsnorm" and (vectors > 1024 or (not few and (vectors > 512 or not whole))) else 2
             assert threads % 32 == 0 and threads <= 1024 // held and threads * blocks * held >= vectors
             assert (blocks == 1) == (vectors <= 1024) and blocks <= 8
+            if 1536 < vectors <= 2048:
+                assert blocks == (2 if op == "rmsnorm" and not few else 4)
             assert portable == launch if blocks == 1 else portable["kernel"] == "norm_rows"
         else:
             assert kernel in ("norm_rows", "norm_narrow_rows")
