@@ -1,6 +1,6 @@
 // decoder_step: one token of each row through a whole decoder in one cooperative launch.
-// The kernel and its mapping: decoder_step_sm90/kernel.cuh. Before it the counters in the workspace are zeroed, so that
-// nothing a launch leaves behind is read by the next.
+// The kernel and its mapping: decoder_step_sm90/kernel.cuh. Before it the workspace is zeroed, so that nothing a
+// launch leaves behind is read by the next.
 // Memory order: as of that kernel, every weight once.
 // Limits: sm_90; as many blocks as SMs, all at once: the launch fails where they have no room.
 // Determinism: as of that kernel, bitwise repeatable.
@@ -45,12 +45,10 @@ Args args_of(const gqa_decoder_step_params &p, const DecoderStepPlan &plan) {
   a.eps = p.eps, a.scale = p.softmax_scale * decoder_step::kLog2e;
   a.input = static_cast<const char *>(p.hidden);
   char *workspace = static_cast<char *>(p.workspace);
-  a.residual = workspace + plan.residual, a.qkv = workspace + plan.qkv;
-  a.attention = workspace + plan.attention, a.activated = workspace + plan.activated;
-  a.part_sums = reinterpret_cast<float *>(workspace + plan.part_sums);
-  a.part_scales = reinterpret_cast<float *>(workspace + plan.part_scales);
-  a.arrived = reinterpret_cast<uint32_t *>(workspace + plan.counters);
-  a.arrived_parts = a.arrived + 32;
+  const auto words = [&](int64_t at) { return reinterpret_cast<uint32_t *>(workspace + at); };
+  a.after_attention = words(plan.after_attention), a.after_layer = words(plan.after_layer);
+  a.qkv = words(plan.qkv), a.attention = words(plan.attention), a.activated = words(plan.activated);
+  a.parts = reinterpret_cast<uint64_t *>(workspace + plan.parts);
   a.norm = static_cast<const char *>(p.norm), a.head = static_cast<const char *>(p.head);
   a.logits = static_cast<char *>(p.logits);
   a.cache_seqlens = p.cache_seqlens, a.cache_leftpad = p.cache_leftpad, a.rotary = p.rotary;
@@ -73,7 +71,7 @@ gqa_status run(const gqa_plan &plan, const gqa_decoder_step_params &p, const gqa
       p.dtype == GQA_DTYPE_BFLOAT16 ? kernel_of<__nv_bfloat16>(p.head_dim) : kernel_of<__half>(p.head_dim);
   const gqa_launch &launch = plan.launches[0];
   GQA_RETURN_IF_ERROR(allow_shared_memory(reinterpret_cast<const void *>(kernel), launch.shared_memory));
-  GQA_RETURN_IF_ERROR(check_cuda(cudaMemsetAsync(args.arrived, 0, step.residual, stream)));
+  GQA_RETURN_IF_ERROR(check_cuda(cudaMemsetAsync(p.workspace, 0, step.workspace_size, stream)));
   log_launch(launch);
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;

@@ -5,7 +5,7 @@
 
 namespace gqa::cuda::decoder_step {
 
-constexpr int kWarps = kStepWarps, kConsumers = 32 * kWarps, kThreads = kStepThreads;
+constexpr int kWarps = kStepWarps, kConsumers = 32 * kWarps, kCopiers = 32 * kStepCopyWarps, kThreads = kStepThreads;
 constexpr int kTileRows = kStepTileRows, kKeys = kStepKeys, kMaxGroup = kStepGroup;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -20,20 +20,21 @@ struct Layer {
 
 struct Args {
   int32_t rows, layers, hidden, intermediate, q_heads, kv_heads, vocabulary, capacity;
-  int32_t stages, stage_bytes;                   // of the ring
-  int32_t inputs_at, ring_at;                    // in shared memory
-  int32_t splits, min_keys;                      // most parts of a row's keys, and the fewest keys worth a part
-  float eps, scale;                              // scale: of log2 units
-  const char *input;                             // [rows, hidden]
-  char *residual, *qkv, *attention, *activated;  // between phases
-  float *part_sums, *part_scales;
-  uint32_t *arrived, *arrived_parts;  // zero at the start
+  int32_t stages, stage_bytes;  // of the ring
+  int32_t inputs_at, ring_at;   // in shared memory
+  int32_t splits, min_keys;     // most parts of a row's keys, and the fewest keys worth a part
+  float eps, scale;             // scale: of log2 units
+  const char *input;            // [rows, hidden]
+  // Words that blocks hand to each other (exchange.cuh), zero at the start: [rows, outputs of a phase].
+  uint32_t *after_attention, *after_layer, *qkv, *attention, *activated;
+  uint64_t *parts;  // [rows * kv_heads, splits, group, head_dim + 2]
   const char *norm, *head;
   char *logits;  // [rows, vocabulary]
   gqa_index cache_seqlens, cache_leftpad;
   gqa_rotary rotary;
 #ifdef TRACE
   uint32_t *trace;
+  int32_t variant;
 #endif
   Layer layer[kStepLayers];
 };

@@ -1,5 +1,5 @@
-// Attention of the new token over its row's cache: each block a part of the keys of a KV head, the last of a head's
-// blocks to finish joins their sums, in a fixed order.
+// Attention of the new token over its row's cache: each block a part of the keys of a KV head. The blocks of a head
+// hand each other their sums, and each joins them, in a fixed order, for a part of the outputs.
 #pragma once
 
 #include "cuda/decoder_step_sm90/queries.cuh"
@@ -24,7 +24,7 @@ struct WarpSums {
   // `keys` of the warp's rows exist.
   __device__ void scores(const Args &p, const Block &t, uint32_t rows, int keys, uint32_t (&weights)[2]) {
     const int group = p.q_heads / p.kv_heads;
-    const uint32_t q = t.address + kQueries + min(t.lane % 8, group - 1) * kPitch + t.lane / 8 * 16;
+    const uint32_t q = t.address + kStepHeadsAt + min(t.lane % 8, group - 1) * kPitch + t.lane / 8 * 16;
     const uint32_t k = rows + t.lane % 16 * kPitch + t.lane / 16 * 16;
     float s[2][4] = {};
 #pragma unroll
@@ -78,7 +78,7 @@ template <int kDim>
 __device__ __forceinline__ void fill_rows(const Block &t, const Part &part, char *rows, int first, int slot,
                                           bool zeros) {
   constexpr int kVectors = kDim / 8;
-  const char *fresh = t.shared + kQueries + slot * kHeadPitch<kDim>;
+  const char *fresh = head_at(t, slot, kHeadPitch<kDim>);
   bool wrote = false;
   for (int i = t.lane; i < 16 * kVectors; i += 32) {
     const int key = first + i / kVectors, at = i / kVectors * kHeadPitch<kDim> + i % kVectors * 16;
@@ -93,30 +93,64 @@ __device__ __forceinline__ void fill_rows(const Block &t, const Part &part, char
   __syncwarp();
 }
 
-// Joins what `count` wrote: maxima and sums in `scales`, [count][group] of them, and rows of sums.
-__device__ __forceinline__ float2 join_scale(const float2 *scales, int count, int stride, int row) {
+// The maximum and the sum of a row over `count` parts of it.
+__device__ __forceinline__ float2 join_scales(const float2 *scales, int count, int stride) {
   float top = __int_as_float(0xff800000), sum = 0;
-  for (int i = 0; i < count; ++i) top = fmaxf(top, scales[i * stride + row].x);
+  for (int i = 0; i < count; ++i) top = fmaxf(top, scales[i * stride].x);
   const float base = top == __int_as_float(0xff800000) ? 0.0f : top;
-  for (int i = 0; i < count; ++i) sum += scales[i * stride + row].y * exp2_fast(scales[i * stride + row].x - base);
+  for (int i = 0; i < count; ++i) sum += scales[i * stride].y * exp2_fast(scales[i * stride].x - base);
   return make_float2(base, sum);
 }
 
+// Joins what the parts of a head have published for this block's share of the outputs.
 template <typename T, int kDim>
-__device__ void attend(const Args &p, const Layer &layer, int index, Block &t, Ring &ring) {
+__device__ __forceinline__ void join_parts(const Args &p, const Block &t, const Part &part, int group, uint32_t *out) {
+  const int outputs = group * kDim, words = outputs + 2 * group, parts = part.parts;
+  const int low = outputs * part.index / parts, count = outputs * (part.index + 1) / parts - low;
+  const int first_row = low / kDim, rows = count == 0 ? 0 : (low + count - 1) / kDim + 1 - first_row;
+  auto *scales = reinterpret_cast<float *>(t.shared + p.inputs_at), *sums = scales + 2 * group * parts;
+  const uint64_t *from = p.parts + static_cast<int64_t>(part.pair) * p.splits * words;
+  const int each = count + 2 * rows;
+  for (int i = t.thread; i < parts * each; i += kConsumers) {
+    const int s = i / each, j = i - s * each;
+    const bool is_sum = j < count;
+    const float value = receive(from + s * words + (is_sum ? low + j : outputs + 2 * first_row + j - count), t.tag);
+    if (is_sum) {
+      sums[s * count + j] = value;
+    } else {
+      scales[s * 2 * rows + j - count] = value;
+    }
+  }
+  sync_consumers();
+  for (int j = t.thread; j < count; j += kConsumers) {
+    const auto *of_row = reinterpret_cast<const float2 *>(scales) + (low + j) / kDim - first_row;
+    const float2 scale = join_scales(of_row, parts, rows);
+    float sum = 0;
+    for (int s = 0; s < parts; ++s) sum += sums[s * count + j] * exp2_fast(of_row[s * rows].x - scale.x);
+    publish(out + low + j, from_float<T>(scale.y == 0 ? 0.0f : sum / scale.y), t.tag);
+  }
+}
+
+template <typename T, int kDim>
+__device__ __forceinline__ void attend(const Args &p, const Layer &layer, const Lengths &of_first, Block &t,
+                                       Ring &ring) {
   const int group = p.q_heads / p.kv_heads;
   auto *join = reinterpret_cast<float *>(t.shared + p.inputs_at);
   for (int i = blockIdx.x; i < parts_of_all(p); i += gridDim.x) {
-    const Part part = find_part(p, layer, i);
-    auto *out =
-        reinterpret_cast<T *>(p.attention) + (static_cast<int64_t>(part.row) * p.q_heads + part.head * group) * kDim;
+    const Lengths lengths = i == static_cast<int>(blockIdx.x) ? of_first : load_lengths(p, i);
+    const Part part = find_part(p, layer.window_left, i, lengths);
+    uint32_t *out = p.attention + (static_cast<int64_t>(part.row) * p.q_heads + part.head * group) * kDim;
     if (part.index >= part.parts) continue;
     if (!part.valid) {
-      for (int j = t.thread; j < group * kDim; j += kConsumers) out[j] = from_float<T>(__int_as_float(0x7fffffff));
+      for (int j = t.thread; j < group * kDim; j += kConsumers) {
+        publish(out + j, from_float<T>(__int_as_float(0x7fffffff)), t.tag);
+      }
       continue;
     }
-    sync_consumers();
+    load_angles<T>(p, t, part.row, lengths);
+    sync_consumers();  // what a part before has in shared memory
     stage_heads<T, kDim>(p, layer, t, part);
+    t.mark(p, 4);
     WarpSums<T, kDim> sums;
     for (int key = part.first; key < part.end; key += kKeys) {
       const int first = key + 16 * t.warp, keys = part.end - first;
@@ -137,6 +171,7 @@ __device__ void attend(const Args &p, const Layer &layer, int index, Block &t, R
       }
       ring.release();
     }
+    t.mark(p, 5);
     auto *scales = reinterpret_cast<float2 *>(join + kWarps * group * kJoinPitch<kDim>);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -151,47 +186,26 @@ __device__ void attend(const Args &p, const Layer &layer, int index, Block &t, R
     }
     sync_consumers();
     const bool alone = part.parts == 1;
-    const int64_t slot = static_cast<int64_t>(part.pair) * p.splits + part.index;
+    uint64_t *sums_out = p.parts + (static_cast<int64_t>(part.pair) * p.splits + part.index) * group * (kDim + 2);
     for (int j = t.thread; j < group * kDim; j += kConsumers) {
       const int row = j / kDim, d = j % kDim;
-      const float2 scale = join_scale(scales, kWarps, group, row);
+      const float2 scale = join_scales(scales + row, kWarps, group);
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         sum += join[(w * group + row) * kJoinPitch<kDim> + d] * exp2_fast(scales[w * group + row].x - scale.x);
       }
       if (alone) {
-        out[j] = from_float<T>(scale.y == 0 ? 0.0f : sum / scale.y);
+        publish(out + j, from_float<T>(scale.y == 0 ? 0.0f : sum / scale.y), t.tag);
         continue;
       }
-      p.part_sums[slot * group * kDim + j] = sum;
-      if (d == 0) reinterpret_cast<float2 *>(p.part_scales)[slot * group + row] = scale;
+      publish(sums_out + j, sum, t.tag);
+      if (d < 2) publish(sums_out + group * kDim + 2 * row + d, d == 0 ? scale.x : scale.y, t.tag);
     }
     if (alone) continue;
     sync_consumers();
-    if (t.thread == 0) {
-      __threadfence();
-      const uint32_t before = atomicAdd(p.arrived_parts + part.pair, 1u);
-      __threadfence();
-      t.words()[20] = before + 1 == static_cast<uint32_t>(part.parts * (index + 1)) ? 1.0f : 0.0f;
-    }
-    sync_consumers();
-    if (t.words()[20] == 0) continue;
-    const int64_t start = static_cast<int64_t>(part.pair) * p.splits * group;
-    const auto *from = reinterpret_cast<const float2 *>(p.part_scales) + start;
-    auto *all = reinterpret_cast<float2 *>(join);
-    for (int j = t.thread; j < part.parts * group; j += kConsumers) all[j] = __ldcg(from + j);
-    sync_consumers();
-    for (int j = t.thread; j < group * kDim; j += kConsumers) {
-      const int row = j / kDim;
-      const float2 scale = join_scale(all, part.parts, group, row);
-      float sum = 0;
-#pragma unroll 8
-      for (int s = 0; s < part.parts; ++s) {
-        sum += __ldcg(p.part_sums + (start + s * group) * kDim + j) * exp2_fast(all[s * group + row].x - scale.x);
-      }
-      out[j] = from_float<T>(scale.y == 0 ? 0.0f : sum / scale.y);
-    }
+    t.mark(p, 6);
+    join_parts<T, kDim>(p, t, part, group, out);
   }
 }
 

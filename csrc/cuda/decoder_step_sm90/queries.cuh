@@ -12,9 +12,34 @@ constexpr int kNewKey = kMaxGroup, kNewValue = kMaxGroup + 1;  // rows after tho
 template <int kDim>
 constexpr int kHeadPitch = 2 * kDim + 16;
 
-// Elements of a row that a lane has: lane, lane + 32, ...
+__device__ __forceinline__ char *head_at(const Block &t, int row, int pitch) {
+  return t.shared + kStepHeadsAt + row * pitch;
+}
+
+// A row's cosines, then its sines: the same for all layers. NaN where its position has no row in the tables.
+template <typename T>
+__device__ __forceinline__ void load_angles(const Args &p, Block &t, int row, const Lengths &lengths) {
+  const gqa_rotary &r = p.rotary;
+  if (r.cos == nullptr || t.rotary_row == row) return;
+  sync_consumers();
+  const int64_t position = lengths.cached > lengths.leftpad ? lengths.cached - lengths.leftpad : 0;
+  for (int i = t.thread; i < r.dim; i += kConsumers) {
+    const bool sine = i >= r.dim / 2;
+    const int64_t at = position * r.stride_row + i - (sine ? r.dim / 2 : 0);
+    const void *table = sine ? r.sin : r.cos;
+    float angle = __int_as_float(0x7fffffff);
+    if (position < r.num_positions) {
+      angle = r.dtype == GQA_DTYPE_FLOAT32 ? static_cast<const float *>(table)[at]
+                                           : to_float(static_cast<const T *>(table)[at]);
+    }
+    t.angles()[i] = angle;
+  }
+  t.rotary_row = row;
+  sync_consumers();
+}
+
 template <typename T, int kDim>
-__device__ void norm_head(T *row, const T *weight, float eps, int lane) {
+__device__ __forceinline__ void norm_head(T *row, const T *weight, float eps, int lane) {
   float x[kDim / 32], sum = 0;
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) x[i] = to_float(row[lane + 32 * i]), sum += x[i] * x[i];
@@ -28,41 +53,41 @@ __device__ void norm_head(T *row, const T *weight, float eps, int lane) {
 }
 
 template <typename T>
-__device__ void rotate_head(T *row, const gqa_rotary &r, int64_t position, int lane) {
-  const bool known = position < r.num_positions;
+__device__ __forceinline__ void rotate_head(T *row, const gqa_rotary &r, const float *angles, int lane) {
   for (int i = lane; i < r.dim / 2; i += 32) {
     const int low = r.interleaved ? 2 * i : i, high = r.interleaved ? 2 * i + 1 : i + r.dim / 2;
-    float cosine = __int_as_float(0x7fffffff), sine = cosine;
-    if (known) {
-      const int64_t at = position * r.stride_row + i;
-      const bool wide = r.dtype == GQA_DTYPE_FLOAT32;
-      cosine = wide ? static_cast<const float *>(r.cos)[at] : to_float(static_cast<const T *>(r.cos)[at]);
-      sine = wide ? static_cast<const float *>(r.sin)[at] : to_float(static_cast<const T *>(r.sin)[at]);
-    }
-    const Pair pair = rotate_pair(to_float(row[low]), to_float(row[high]), cosine, sine);
+    const Pair pair = rotate_pair(to_float(row[low]), to_float(row[high]), angles[i], angles[i + r.dim / 2]);
     row[low] = from_float<T>(pair.first), row[high] = from_float<T>(pair.second);
   }
   __syncwarp();
 }
 
+// A warp has up to two heads: they come together.
 template <typename T, int kDim>
-__device__ void stage_heads(const Args &p, const Layer &layer, const Block &t, const Part &part) {
+__device__ __forceinline__ void stage_heads(const Args &p, const Layer &layer, Block &t, const Part &part) {
   const int group = p.q_heads / p.kv_heads, rows = group + (part.last ? 2 : 0);
-  const int64_t leftpad = load_index_or(p.cache_leftpad, 0, part.row);
-  const int64_t position = part.length > leftpad ? part.length - leftpad : 0;
-  const int heads = p.q_heads + 2 * p.kv_heads;
-  for (int j = t.warp; j < rows; j += kWarps) {
-    const bool key = j == group, value = j == group + 1;
-    const int head = key ? p.q_heads + part.head : value ? p.q_heads + p.kv_heads + part.head : part.head * group + j;
-    const int slot = key ? kNewKey : value ? kNewValue : j;
-    T *row = reinterpret_cast<T *>(t.shared + kQueries + slot * kHeadPitch<kDim>);
-    const auto *from = reinterpret_cast<const uint32_t *>(p.qkv) + (part.row * heads + head) * (kDim / 2);
-    for (int i = t.lane; i < kDim / 2; i += 32) reinterpret_cast<uint32_t *>(row)[i] = __ldcg(from + i);
+  const uint32_t *from = p.qkv + static_cast<int64_t>(part.row) * (p.q_heads + 2 * p.kv_heads) * kDim + 4 * t.lane;
+  const auto head_of = [&](int j) {
+    return j < group ? part.head * group + j : p.q_heads + (j == group ? 0 : p.kv_heads) + part.head;
+  };
+  uint4 w[2] = {};
+  const bool first = t.warp < rows && t.lane < kDim / 4, second = t.warp + kWarps < rows && t.lane < kDim / 4;
+  do {
+    if (first) w[0] = look(from + head_of(t.warp) * kDim);
+    if (second) w[1] = look(from + head_of(t.warp + kWarps) * kDim);
+  } while ((first && !is_there(w[0], t.tag)) || (second && !is_there(w[1], t.tag)));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int j = t.warp + i * kWarps;
+    if (j >= rows) continue;
+    const bool key = j == group, value = j > group;
+    T *row = reinterpret_cast<T *>(head_at(t, key ? kNewKey : value ? kNewValue : j, kHeadPitch<kDim>));
+    if (t.lane < kDim / 4) reinterpret_cast<uint2 *>(row)[t.lane] = values_of(w[i]);
     __syncwarp();
     const char *norm = key ? layer.k_norm : layer.q_norm;
     if (!value && norm != nullptr) norm_head<T, kDim>(row, reinterpret_cast<const T *>(norm), p.eps, t.lane);
-    if (!value && p.rotary.cos != nullptr) rotate_head(row, p.rotary, position, t.lane);
-    if ((key || value) && t.lane < kDim / 8) {
+    if (!value && p.rotary.cos != nullptr) rotate_head(row, p.rotary, t.angles(), t.lane);
+    if (j >= group && t.lane < kDim / 8) {
       char *cache = value ? layer.v_cache : layer.k_cache;
       const int64_t at =
           ((static_cast<int64_t>(part.row) * p.capacity + part.length) * p.kv_heads + part.head) * kDim * 2;

@@ -1,4 +1,4 @@
-// The ring of stages between the warp that copies and the warps that compute, and what a block's stages hold.
+// The ring of stages between the warps that copy and those that compute, and what a block's stages hold.
 #pragma once
 
 #include "cuda/common/mbarrier.cuh"
@@ -7,9 +7,7 @@
 
 namespace gqa::cuda::decoder_step {
 
-constexpr int kWords = kStepWordsAt, kSums = kStepSumsAt, kSumsBytes = kStepSums, kQueries = kStepHeadsAt;
-
-// A stage is full when all lanes of the copying warp and their bytes have arrived, empty when all other warps have.
+// A stage is full when all copying lanes and their bytes have arrived, empty when all computing warps have.
 struct Ring {
   uint32_t shared, at;
   int stages, stage_bytes;
@@ -21,7 +19,7 @@ struct Ring {
   }
   __device__ void init() const {
     for (int i = 0; i < stages; ++i) {
-      mbarrier_init(shared + 16 * i, 32);
+      mbarrier_init(shared + 16 * i, kCopiers);
       mbarrier_init(shared + 16 * i + 8, kWarps);
     }
     mbarrier_fence_init();
@@ -42,28 +40,45 @@ struct Ring {
   }
 };
 
-// Up to three matrices side by side, or gate and up.
+enum Phase { kQkv, kO, kGateUp, kDown, kHead };
+
+// Up to three matrices side by side; or gate and up, whose rows come in turn, eight of each.
 struct Matrix {
   const char *weights[3];
   int ends[2], outputs, columns;
+  bool gated;
 };
 
+template <int kDim>
+__device__ __forceinline__ Matrix matrix_of(const Args &p, const Layer &l, Phase phase) {
+  const int q = p.q_heads * kDim, kv = p.kv_heads * kDim;
+  switch (phase) {
+    case kQkv: return {{l.q, l.k, l.v}, {q, q + kv}, q + 2 * kv, p.hidden, false};
+    case kO: return {{l.o, l.o, l.o}, {p.hidden, p.hidden}, p.hidden, q, false};
+    case kGateUp: return {{l.gate, l.up, l.up}, {0, 0}, p.intermediate, p.hidden, true};
+    case kDown: return {{l.down, l.down, l.down}, {p.hidden, p.hidden}, p.hidden, p.intermediate, false};
+    default: return {{p.head, p.head, p.head}, {p.vocabulary, p.vocabulary}, p.vocabulary, p.hidden, false};
+  }
+}
+
 // The outputs of a matrix that this block has, in tiles; a tile's columns come in as few equal stages as have room.
-template <bool kGated>
 struct Slice {
-  static constexpr int kOutputs = kGated ? kTileRows / 2 : kTileRows;
-  int begin, end, columns, room;
+  int begin, end, columns, room, tile, scale;
   int rows = 0, step = 0;
 
   __device__ Slice(const Matrix &m, int stage_bytes)
       : begin(static_cast<int>(static_cast<int64_t>(m.outputs) * blockIdx.x / gridDim.x)),
         end(static_cast<int>(static_cast<int64_t>(m.outputs) * (blockIdx.x + 1) / gridDim.x)),
         columns(m.columns),
-        room(stage_bytes) {}
-  __device__ int outputs(int first) const { return min(kOutputs, end - first); }
+        room(stage_bytes),
+        tile(m.gated ? kTileRows / 2 : kTileRows),
+        scale(m.gated ? 2 : 1) {
+    if (begin < end) find_step(begin);
+  }
+  __device__ int outputs(int first) const { return min(tile, end - first); }
   // Columns of a stage of the tile from output `first` on.
   __device__ void find_step(int first) {
-    const int now = outputs(first) * (kGated ? 2 : 1);
+    const int now = outputs(first) * scale;
     if (now == rows) return;
     rows = now;
     const int most = (room / rows - 16) / 32 * 16, stages = (columns + most - 1) / most;
@@ -72,30 +87,39 @@ struct Slice {
   __device__ int pitch() const { return 2 * step + 16; }
 };
 
+struct Lengths {
+  int64_t cached, leftpad;
+};
+
 // The keys of a row that a block attends to with one KV head: [first, end), the last of them new if `last`.
 struct Part {
   int row, head, pair, index, parts;
-  int64_t length;  // of the row's cache
+  int length;  // of the row's cache
   int first, end;
   bool valid, last;
 };
 
 __device__ __forceinline__ int parts_of_all(const Args &p) { return p.rows * p.kv_heads * p.splits; }
 
-__device__ __forceinline__ Part find_part(const Args &p, const Layer &layer, int i) {
+__device__ __forceinline__ Lengths load_lengths(const Args &p, int i) {
+  const int row = i / p.splits / p.kv_heads;
+  if (i >= parts_of_all(p)) return {0, 0};
+  return {load_index(p.cache_seqlens, row), load_index_or(p.cache_leftpad, 0, row)};
+}
+
+__device__ __forceinline__ Part find_part(const Args &p, int64_t window_left, int i, const Lengths &lengths) {
   Part part;
   part.pair = i / p.splits, part.index = i - part.pair * p.splits;
   part.row = part.pair / p.kv_heads, part.head = part.pair - part.row * p.kv_heads;
-  part.length = load_index(p.cache_seqlens, part.row);
-  const int64_t leftpad = load_index_or(p.cache_leftpad, 0, part.row);
-  part.valid = part.length >= 0 && part.length < p.capacity && leftpad >= 0;
-  int64_t low = leftpad;
-  if (layer.window_left >= 0 && part.length - layer.window_left > low) low = part.length - layer.window_left;
-  const int keys = part.valid && low <= part.length ? static_cast<int>(part.length + 1 - low) : 0;
-  const int each = max(p.min_keys, (keys + p.splits - 1) / p.splits + 15 & ~15);
+  part.valid = lengths.cached >= 0 && lengths.cached < p.capacity && lengths.leftpad >= 0;
+  part.length = part.valid ? static_cast<int>(lengths.cached) : 0;
+  int low = lengths.leftpad < p.capacity ? static_cast<int>(lengths.leftpad) : p.capacity;
+  if (window_left >= 0 && part.length - window_left > low) low = static_cast<int>(part.length - window_left);
+  const int keys = part.valid && low <= part.length ? part.length + 1 - low : 0;
+  const int each = max(p.min_keys, ((keys + p.splits - 1) / p.splits + 15) / 16 * 16);
   part.parts = max(1, (keys + each - 1) / each);
-  part.first = keys == 0 ? 0 : static_cast<int>(low) + part.index * each;
-  part.end = keys == 0 ? 0 : min(part.first + each, static_cast<int>(part.length) + 1);
+  part.first = keys == 0 ? 0 : low + part.index * each;
+  part.end = keys == 0 ? 0 : min(part.first + each, part.length + 1);
   part.last = part.index == part.parts - 1;
   return part;
 }

@@ -1,0 +1,79 @@
+// How blocks hand values to each other without a barrier: each word carries its value and a tag, the number of the
+// layer it belongs to, so that whoever needs it reads the word until the tag is there. A word is written again a layer
+// later, which nobody does before all blocks have used it: every phase needs all of the phase before.
+#pragma once
+
+#include "cuda/common/vec.cuh"
+
+namespace gqa::cuda::decoder_step {
+
+template <typename T>
+__device__ __forceinline__ void publish(uint32_t *to, T value, uint32_t tag) {
+  const uint32_t word = *reinterpret_cast<const uint16_t *>(&value) | tag << 16;
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ void publish(uint64_t *to, float value, uint32_t tag) {
+  const uint64_t word = __float_as_uint(value) | static_cast<uint64_t>(tag) << 32;
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ uint4 look(const uint32_t *from) {
+  uint4 w;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+               : "l"(from)
+               : "memory");
+  return w;
+}
+
+__device__ __forceinline__ bool is_there(const uint4 &w, uint32_t tag) {
+  const uint32_t t = tag << 16;
+  return (((w.x ^ t) | (w.y ^ t)) | ((w.z ^ t) | (w.w ^ t))) < 0x10000u;
+}
+
+// Four values.
+__device__ __forceinline__ uint2 values_of(const uint4 &w) {
+  return make_uint2(__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.z, w.w, 0x5410));
+}
+
+// Calls use(i, four values) for vectors i = first, first + step ... below count, several of them on their way at once.
+template <int kAtOnce, typename Use>
+__device__ __forceinline__ void receive(const uint32_t *from, uint32_t tag, int first, int step, int count, Use &&use) {
+#pragma unroll 1
+  for (; first < count; first += kAtOnce * step) {
+    uint4 w[kAtOnce];
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i * step < count) w[i] = look(from + 4 * (first + i * step));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) all = all && (first + i * step >= count || is_there(w[i], tag));
+    } while (!all);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * step < count) use(first + i * step, values_of(w[i]));
+    }
+  }
+}
+
+__device__ __forceinline__ uint32_t receive(const uint32_t *from, uint32_t tag) {
+  uint32_t word;
+  do {
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+  } while (word >> 16 != tag);
+  return word & 0xffffu;
+}
+
+__device__ __forceinline__ float receive(const uint64_t *from, uint32_t tag) {
+  uint64_t word;
+  do {
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  } while (static_cast<uint32_t>(word >> 32) != tag);
+  return __uint_as_float(static_cast<uint32_t>(word));
+}
+
+}  // namespace gqa::cuda::decoder_step
