@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from gqa_kernels._library import ops, refuse_grad
+from gqa_kernels.attention_options import validate
+from gqa_kernels.validation import validating
 
 
 def decoder_step(
@@ -77,7 +79,19 @@ def decoder_step(
 
     PyTorch equivalent: a decoder model's forward for one token of each row.
     """
-    refuse_grad("decoder_step", hidden=hidden, norm=norm, head=head)
+    if torch.is_grad_enabled():
+        lists = {"k_caches": k_caches, "v_caches": v_caches, "q_proj": q_proj, "k_proj": k_proj, "v_proj": v_proj,
+                 "o_proj": o_proj, "gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj,
+                 "input_norm": input_norm, "mlp_norm": mlp_norm, "q_bias": q_bias, "k_bias": k_bias,
+                 "v_bias": v_bias, "q_norm": q_norm, "k_norm": k_norm}  # fmt: skip
+        layers = {f"{name}[{i}]": x for name, given in lists.items() for i, x in enumerate(given or ())}
+        refuse_grad("decoder_step", hidden=hidden, norm=norm, head=head, **layers)
+    if validating():
+        token = k_caches[0][:, :1]
+        validate(
+            "decoder_step", token, token, k_cache=k_caches[0], cache_seqlens=cache_seqlens,
+            cache_leftpad=cache_leftpad, rotary_cos=rotary_cos,
+        )  # fmt: skip
     result: Tensor = ops.decoder_step(
         hidden,
         k_caches,
@@ -110,7 +124,21 @@ def decoder_step(
 
 
 @torch.library.register_fake("gqa_kernels::decoder_step")
-def _decoder_step_fake(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-    head = args[12]
-    assert isinstance(head, Tensor)
+def _decoder_step_fake(
+    hidden: Tensor,
+    k_caches: Sequence[Tensor],
+    v_caches: Sequence[Tensor],
+    q_proj: Sequence[Tensor],
+    k_proj: Sequence[Tensor],
+    v_proj: Sequence[Tensor],
+    o_proj: Sequence[Tensor],
+    gate_proj: Sequence[Tensor],
+    up_proj: Sequence[Tensor],
+    down_proj: Sequence[Tensor],
+    input_norm: Sequence[Tensor],
+    mlp_norm: Sequence[Tensor],
+    norm: Tensor,
+    head: Tensor,
+    **_: object,
+) -> Tensor:
     return hidden.new_empty((hidden.shape[0], head.shape[0]))

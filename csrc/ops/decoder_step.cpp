@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "ops/attention_params.h"
 #include "ops/products.h"
 #include "ops/rotary.h"
 
@@ -12,7 +13,6 @@ namespace {
 constexpr auto kOp = "decoder_step";
 
 using Tensors = std::vector<Tensor>;
-using OptionalTensor = std::optional<Tensor>;
 using OptionalTensors = std::optional<Tensors>;
 
 // What all of a call's lists have to agree with.
@@ -57,7 +57,8 @@ Sizes check_sizes(const Tensor &hidden, const Tensors &k_caches, const Tensors &
   check_device(kOp, "hidden", hidden);
   check_float_dtype(kOp, "hidden", hidden);
   check_rank(kOp, "hidden", hidden, {2}, "[batch, hidden]");
-  check_value(kOp, hidden.is_contiguous(), "hidden", "contiguous", "strided memory");
+  check_value(kOp, hidden.size(1) >= 1, "hidden", "[batch, hidden] with hidden at least 1",
+              "shape " + shape_string(hidden));
   if (k_caches.empty()) fail(kOp, "k_caches must have a tensor for each layer, got none");
   check_rank(kOp, "k_caches[0]", k_caches[0], {4}, "[batch, capacity, kv_heads, head_dim]");
   if (q_proj.empty() || gate_proj.empty())
@@ -65,6 +66,9 @@ Sizes check_sizes(const Tensor &hidden, const Tensors &k_caches, const Tensors &
   check_rank(kOp, "q_proj[0]", q_proj[0], {2}, "[q_heads * head_dim, hidden]");
   check_rank(kOp, "gate_proj[0]", gate_proj[0], {2}, "[intermediate, hidden]");
   const Tensor &cache = k_caches[0];
+  check_value(kOp, cache.size(1) >= 1 && cache.size(2) >= 1, "k_caches[0]",
+              "[batch, capacity, kv_heads, head_dim] with a row and a head at least", "shape " + shape_string(cache));
+  check_head_dim(kOp, "k_caches[0]", cache);
   Sizes s{hidden,
           static_cast<int64_t>(k_caches.size()),
           hidden.size(0),
@@ -74,15 +78,30 @@ Sizes check_sizes(const Tensor &hidden, const Tensors &k_caches, const Tensors &
           cache.size(2) * cache.size(3),
           cache.size(3),
           gate_proj[0].size(0)};
-  const bool divides = s.kv > 0 && s.q > 0 && s.q % s.kv == 0;
-  if (!divides) {
+  if (s.q == 0 || s.q % s.kv != 0) {
     fail(kOp, "q_proj[0] must have a multiple of the cache's " + std::to_string(s.kv) +
                   " = kv_heads * head_dim rows, got " + shape_string(q_proj[0]));
   }
   return s;
 }
 
-Tensor decoder_step(const Tensor &hidden, const Tensors &k_caches, const Tensors &v_caches, const Tensors &q_proj,
+void check_numbers(double eps, std::optional<double> softmax_scale, const std::optional<std::vector<int64_t>> &windows,
+                   int64_t layers) {
+  check_value(kOp, eps >= 0, "eps", "0 or more", std::to_string(eps));
+  if (softmax_scale) {
+    check_value(kOp, std::isfinite(*softmax_scale), "softmax_scale", "finite", std::to_string(*softmax_scale));
+  }
+  if (!windows) return;
+  if (static_cast<int64_t>(windows->size()) != layers) {
+    fail(kOp, "window_left must have one value for each of the " + std::to_string(layers) + " layers, got " +
+                  std::to_string(windows->size()));
+  }
+  for (const int64_t window : *windows) {
+    check_value(kOp, window >= -1, "window_left", "-1 (all) or more for each layer", std::to_string(window));
+  }
+}
+
+Tensor decoder_step(const Tensor &given, const Tensors &k_caches, const Tensors &v_caches, const Tensors &q_proj,
                     const Tensors &k_proj, const Tensors &v_proj, const Tensors &o_proj, const Tensors &gate_proj,
                     const Tensors &up_proj, const Tensors &down_proj, const Tensors &input_norm,
                     const Tensors &mlp_norm, const Tensor &norm, const Tensor &head, const Tensor &cache_seqlens,
@@ -90,7 +109,8 @@ Tensor decoder_step(const Tensor &hidden, const Tensors &k_caches, const Tensors
                     const OptionalTensor &rotary_sin, const OptionalTensors &q_bias, const OptionalTensors &k_bias,
                     const OptionalTensors &v_bias, const OptionalTensors &q_norm, const OptionalTensors &k_norm,
                     std::optional<double> softmax_scale, const std::optional<std::vector<int64_t>> &window_left) {
-  const Sizes s = check_sizes(hidden, k_caches, q_proj, gate_proj);
+  const Sizes s = check_sizes(given, k_caches, q_proj, gate_proj);
+  const Tensor hidden = torch::stable::contiguous(given);
   const std::vector<int64_t> cache{s.batch, s.capacity, s.kv / s.head_dim, s.head_dim};
   check_list("k_caches", k_caches, cache, s);
   check_list("v_caches", v_caches, cache, s);
@@ -119,10 +139,7 @@ Tensor decoder_step(const Tensor &hidden, const Tensors &k_caches, const Tensors
     check_list("q_norm", *q_norm, {s.head_dim}, s);
     check_list("k_norm", *k_norm, {s.head_dim}, s);
   }
-  if (window_left.has_value() && static_cast<int64_t>(window_left->size()) != s.layers) {
-    fail(kOp, "window_left must have one value for each of the " + std::to_string(s.layers) + " layers, got " +
-                  std::to_string(window_left->size()));
-  }
+  check_numbers(eps, softmax_scale, window_left, s.layers);
   const auto lengths = [&](const char *name, const Tensor &index) {
     check_index_dtype(kOp, name, index);
     check_shape(kOp, name, index, {s.batch}, "[batch]");

@@ -21,6 +21,7 @@ const char *refusal(const gqa_decoder_step_params &p, const gqa_device &device) 
   if (p.dtype == GQA_DTYPE_FLOAT32) return "float32";
   if (p.batch > kStepRows) return "more than 8 rows";
   if (p.num_layers > kStepLayers) return "more than 100 layers";
+  if (p.rotary.cos != nullptr && p.rotary.interleaved) return "interleaved rotation";
   if (p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128) return "head_dim is not 64, 96 or 128";
   if (p.num_q_heads > kStepGroup * p.num_kv_heads) return "more than 8 query heads a KV head";
   if (p.hidden_size % 16 != 0 || p.intermediate % 16 != 0) return "sizes are no multiples of 16";
@@ -39,11 +40,16 @@ bool is_complete(const gqa_decoder_layer &l) {
          l.mlp_norm && l.k_cache && l.v_cache && biases && norms;
 }
 
+bool is_index(const gqa_index &index) {
+  return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
+}
+
 }  // namespace
 
 gqa_status check_params(const gqa_decoder_step_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
   if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
+  if (!is_index(p->cache_seqlens) || !is_index(p->cache_leftpad)) return GQA_STATUS_UNSUPPORTED;
   const bool sizes = p->batch >= 0 && p->num_layers >= 1 && p->hidden_size >= 1 && p->intermediate >= 1 &&
                      p->vocabulary >= 1 && p->cache_capacity >= 1 && p->num_kv_heads >= 1 && p->head_dim >= 1 &&
                      p->num_q_heads >= p->num_kv_heads && p->num_q_heads % p->num_kv_heads == 0;
@@ -51,6 +57,8 @@ gqa_status check_params(const gqa_decoder_step_params *p) {
   const bool rotary = r.cos == nullptr || (r.sin != nullptr && !r.gathered && r.positions.data == nullptr &&
                                            r.dim >= 2 && r.dim % 2 == 0 && r.dim <= p->head_dim);
   if (!sizes || !rotary) return GQA_STATUS_INVALID_ARGUMENT;
+  if (p->head_dim % 8 != 0 || p->head_dim > 256) return GQA_STATUS_UNSUPPORTED;
+  if (r.cos != nullptr && r.dtype != p->dtype && r.dtype != GQA_DTYPE_FLOAT32) return GQA_STATUS_UNSUPPORTED;
   if (p->batch == 0) return GQA_STATUS_OK;
   bool complete = p->hidden && p->norm && p->head && p->logits && p->layers && p->cache_seqlens.data;
   for (int i = 0; complete && i < p->num_layers; ++i) complete = is_complete(p->layers[i]);
