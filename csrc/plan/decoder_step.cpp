@@ -26,6 +26,11 @@ const char *refusal(const gqa_decoder_step_params &p, const gqa_device &device) 
   if (p.num_q_heads > kStepGroup * p.num_kv_heads) return "more than 8 query heads a KV head";
   if (p.hidden_size % 16 != 0 || p.intermediate % 16 != 0) return "sizes are no multiples of 16";
   if (p.hidden_size > kStepHidden) return "hidden states wider than 8192";
+  const int64_t q = static_cast<int64_t>(p.num_q_heads) * p.head_dim,
+                kv = static_cast<int64_t>(p.num_kv_heads) * p.head_dim;
+  if (p.hidden_size > kStepOwned * (device.num_sms - 1) || q + 2 * kv > kStepBiases * (device.num_sms - 1)) {
+    return "too few multiprocessors for its size";
+  }
   if (std::max(p.intermediate, p.vocabulary) > kLargest || p.cache_capacity > kLargest) return "sizes beyond 2^30";
   bool aligned = is_aligned(p.hidden) && is_aligned(p.norm) && is_aligned(p.head);
   for (int i = 0; i < p.num_layers; ++i) aligned = aligned && are_aligned(p.layers[i]);

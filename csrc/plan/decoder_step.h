@@ -14,6 +14,7 @@ constexpr int kStepTileRows = 16;           // weight rows multiplied at a time
 constexpr int kStepKeys = 16 * kStepWarps;  // keys of a stage
 constexpr int kStepPart = 128;              // keys below which a row's are not divided further
 constexpr int kStepSums = 2 * kStepWarps * kStepTileRows * kStepRows * 4;  // bytes of the sums of two tiles of 8 rows
+constexpr int kStepAhead = 4;     // stages beyond the ring whose weights are on their way to L2
 constexpr int kStepOwned = 128;   // hidden dimensions that a block keeps, at most
 constexpr int kStepBiases = 512;  // biases that a block keeps, at most
 
@@ -40,12 +41,12 @@ inline DecoderStepPlan plan_decoder_step(const gqa_decoder_step_params &p, const
   DecoderStepPlan plan{};
   const int64_t dim = p.head_dim, q = p.num_q_heads * dim, kv = p.num_kv_heads * dim;
   const int64_t group = p.num_q_heads / p.num_kv_heads, pairs = p.batch * p.num_kv_heads;
-  plan.splits = std::max<int64_t>(1, device.num_sms / pairs);
+  plan.splits = std::clamp<int64_t>(device.num_sms / pairs, 1, 32);  // a lane for each
   const int64_t widest = std::max({p.hidden_size, p.intermediate, q});
-  const int64_t products = p.batch * step_pitch(widest) + 32, joins = kStepWarps * group * (4 * (dim + 4) + 8);
+  const int64_t products = p.batch * step_pitch(widest) + 32,
+                joins = kStepWarps * group * (4 * (dim + 4) + 12) + 8 * group;
   plan.inputs_at = kStepHeadsAt + round_up((kStepGroup + 2) * step_pitch(dim), 128);
-  plan.ring_at =
-      plan.inputs_at + round_up(std::max({products, joins, plan.splits * (8 * group + 4) + 4 * group * dim}), 128);
+  plan.ring_at = plan.inputs_at + round_up(std::max(products, joins), 128);
   plan.stage_bytes = std::max<int64_t>(kStepKeys * step_pitch(dim), 34816);
   plan.stages = std::min<int64_t>(kStepStages, (device.max_shared_memory - plan.ring_at) / plan.stage_bytes);
   plan.shared_memory = plan.ring_at + plan.stages * plan.stage_bytes;

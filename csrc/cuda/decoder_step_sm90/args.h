@@ -22,20 +22,17 @@ struct Args {
   int32_t rows, layers, hidden, intermediate, q_heads, kv_heads, vocabulary, capacity;
   int32_t stages, stage_bytes;  // of the ring
   int32_t inputs_at, ring_at;   // in shared memory
+  int32_t ahead;                // stages beyond the ring whose weights are on their way to L2
   int32_t splits, min_keys;     // most parts of a row's keys, and the fewest keys worth a part
   float eps, scale;             // scale: of log2 units
   const char *input;            // [rows, hidden]
   // Words that blocks hand to each other (exchange.cuh), zero at the start: [rows, outputs of a phase].
   uint32_t *after_attention, *after_layer, *qkv, *attention, *activated;
-  uint64_t *parts;  // [rows * kv_heads, splits, group, head_dim + 2]
+  uint64_t *parts;  // [rows * kv_heads, group * (head_dim + 2), splits]
   const char *norm, *head;
   char *logits;  // [rows, vocabulary]
   gqa_index cache_seqlens, cache_leftpad;
   gqa_rotary rotary;
-#ifdef TRACE
-  uint32_t *trace;
-  int32_t variant;
-#endif
   Layer layer[kStepLayers];
 };
 

@@ -79,7 +79,6 @@ __device__ __forceinline__ void fill_rows(const Block &t, const Part &part, char
                                           bool zeros) {
   constexpr int kVectors = kDim / 8;
   const char *fresh = head_at(t, slot, kHeadPitch<kDim>);
-  bool wrote = false;
   for (int i = t.lane; i < 16 * kVectors; i += 32) {
     const int key = first + i / kVectors, at = i / kVectors * kHeadPitch<kDim> + i % kVectors * 16;
     if (key < part.length && key < part.end) continue;
@@ -87,48 +86,53 @@ __device__ __forceinline__ void fill_rows(const Block &t, const Part &part, char
     if (!is_new && !zeros) continue;
     *reinterpret_cast<uint4 *>(rows + at) =
         is_new ? reinterpret_cast<const uint4 *>(fresh)[i % kVectors] : make_uint4(0, 0, 0, 0);
-    wrote = true;
   }
-  if (wrote) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncwarp();
 }
 
-// The maximum and the sum of a row over `count` parts of it.
-__device__ __forceinline__ float2 join_scales(const float2 *scales, int count, int stride) {
-  float top = __int_as_float(0xff800000), sum = 0;
-  for (int i = 0; i < count; ++i) top = fmaxf(top, scales[i * stride].x);
-  const float base = top == __int_as_float(0xff800000) ? 0.0f : top;
-  for (int i = 0; i < count; ++i) sum += scales[i * stride].y * exp2_fast(scales[i * stride].x - base);
-  return make_float2(base, sum);
-}
+__device__ __forceinline__ float base_of(float top) { return top == __int_as_float(0xff800000) ? 0.0f : top; }
 
-// Joins what the parts of a head have published for this block's share of the outputs.
+// Joins what the parts of a head have published, for this block's share of the outputs: a lane for each part, a warp
+// for kEach outputs of one row at a time.
 template <typename T, int kDim>
 __device__ __forceinline__ void join_parts(const Args &p, const Block &t, const Part &part, int group, uint32_t *out) {
-  const int outputs = group * kDim, words = outputs + 2 * group, parts = part.parts;
-  const int low = outputs * part.index / parts, count = outputs * (part.index + 1) / parts - low;
-  const int first_row = low / kDim, rows = count == 0 ? 0 : (low + count - 1) / kDim + 1 - first_row;
-  auto *scales = reinterpret_cast<float *>(t.shared + p.inputs_at), *sums = scales + 2 * group * parts;
-  const uint64_t *from = p.parts + static_cast<int64_t>(part.pair) * p.splits * words;
-  const int each = count + 2 * rows;
-  for (int i = t.thread; i < parts * each; i += kConsumers) {
-    const int s = i / each, j = i - s * each;
-    const bool is_sum = j < count;
-    const float value = receive(from + s * words + (is_sum ? low + j : outputs + 2 * first_row + j - count), t.tag);
-    if (is_sum) {
-      sums[s * count + j] = value;
-    } else {
-      scales[s * 2 * rows + j - count] = value;
+  constexpr int kEach = 4;
+  const int outputs = group * kDim, parts = part.parts, share = (outputs / kEach + parts - 1) / parts * kEach;
+  const int low = share * part.index, high = min(low + share, outputs);
+  const uint64_t *from =
+      p.parts + static_cast<int64_t>(part.pair) * (outputs + 2 * group) * p.splits + min(t.lane, parts - 1);
+  for (int first = low + kEach * t.warp; first < high; first += kEach * kWarps) {
+    const int row = first / kDim;
+    float values[kEach + 2];
+    receive(from + first * p.splits, from + (outputs + 2 * row) * p.splits, p.splits, t.tag, values);
+    float x[kEach], top = values[0], total = values[1];
+    float all = top;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) all = fmaxf(all, __shfl_xor_sync(~0u, all, step));
+    const float factor = t.lane < parts ? exp2_fast(top - base_of(all)) : 0.0f;
+    // Not a product with zero, which would keep a NaN.
+    total = t.lane < parts ? total * factor : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) x[i] = t.lane < parts ? values[i + 2] * factor : 0.0f;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      total += __shfl_xor_sync(~0u, total, step);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) x[i] += __shfl_xor_sync(~0u, x[i], step);
+    }
+    if (t.lane == 0) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        publish(out + first + i, from_float<T>(total == 0 ? 0.0f : x[i] / total), t.tag);
+      }
     }
   }
-  sync_consumers();
-  for (int j = t.thread; j < count; j += kConsumers) {
-    const auto *of_row = reinterpret_cast<const float2 *>(scales) + (low + j) / kDim - first_row;
-    const float2 scale = join_scales(of_row, parts, rows);
-    float sum = 0;
-    for (int s = 0; s < parts; ++s) sum += sums[s * count + j] * exp2_fast(of_row[s * rows].x - scale.x);
-    publish(out + low + j, from_float<T>(scale.y == 0 ? 0.0f : sum / scale.y), t.tag);
-  }
+}
+
+// Keys come by copies of another kind than the weights that come after them.
+__device__ __forceinline__ void release_keys(Ring &ring) {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  ring.release();
 }
 
 template <typename T, int kDim>
@@ -141,16 +145,16 @@ __device__ __forceinline__ void attend(const Args &p, const Layer &layer, const 
     const Part part = find_part(p, layer.window_left, i, lengths);
     uint32_t *out = p.attention + (static_cast<int64_t>(part.row) * p.q_heads + part.head * group) * kDim;
     if (part.index >= part.parts) continue;
-    if (!part.valid) {
+    load_angles<T>(p, t, part.row, lengths);
+    stage_heads<T, kDim>(p, layer, t, part);
+    if (!part.valid) {  // not before the row's heads are there: nobody may get ahead of a block that still works on
+                        // them
       for (int j = t.thread; j < group * kDim; j += kConsumers) {
         publish(out + j, from_float<T>(__int_as_float(0x7fffffff)), t.tag);
       }
+      sync_consumers();
       continue;
     }
-    load_angles<T>(p, t, part.row, lengths);
-    sync_consumers();  // what a part before has in shared memory
-    stage_heads<T, kDim>(p, layer, t, part);
-    t.mark(p, 4);
     WarpSums<T, kDim> sums;
     for (int key = part.first; key < part.end; key += kKeys) {
       const int first = key + 16 * t.warp, keys = part.end - first;
@@ -162,16 +166,15 @@ __device__ __forceinline__ void attend(const Args &p, const Layer &layer, const 
         if (first + 16 > part.length) fill_rows<kDim>(t, part, rows, first, kNewKey, false);
         sums.scores(p, t, ring.data() + offset, keys, weights);
       }
-      ring.release();
+      release_keys(ring);
       ring.wait_full();
       if (keys > 0) {
         char *rows = t.shared + (ring.data() - t.address) + offset;
         if (first + 16 > part.length || keys < 16) fill_rows<kDim>(t, part, rows, first, kNewValue, true);
         sums.add(t, ring.data() + offset, weights);
       }
-      ring.release();
+      release_keys(ring);
     }
-    t.mark(p, 5);
     auto *scales = reinterpret_cast<float2 *>(join + kWarps * group * kJoinPitch<kDim>);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
@@ -185,27 +188,44 @@ __device__ __forceinline__ void attend(const Args &p, const Layer &layer, const 
       for (int d = 0; d < kDim / 16; ++d) to[16 * d] = sums.o[d][e], to[16 * d + 8] = sums.o[d][2 + e];
     }
     sync_consumers();
+    auto *factors = reinterpret_cast<float *>(scales + kWarps * group);  // of the warps' sums; then the rows' scales
+    auto *joined = reinterpret_cast<float2 *>(factors + kWarps * group);
+    if (t.thread < kWarps * group) {
+      const int row = t.thread / kWarps, w = t.thread % kWarps;
+      const float2 own = scales[w * group + row];
+      float top = own.x;
+#pragma unroll
+      for (int step = 1; step < kWarps; step *= 2) top = fmaxf(top, __shfl_xor_sync(__activemask(), top, step));
+      const float factor = exp2_fast(own.x - base_of(top));
+      float total = own.y * factor;
+#pragma unroll
+      for (int step = 1; step < kWarps; step *= 2) total += __shfl_xor_sync(__activemask(), total, step);
+      factors[row * kWarps + w] = factor;
+      if (w == 0) joined[row] = make_float2(top, total);
+    }
+    sync_consumers();
     const bool alone = part.parts == 1;
-    uint64_t *sums_out = p.parts + (static_cast<int64_t>(part.pair) * p.splits + part.index) * group * (kDim + 2);
-    for (int j = t.thread; j < group * kDim; j += kConsumers) {
+    const int outputs = group * kDim;
+    uint64_t *to = p.parts + static_cast<int64_t>(part.pair) * (outputs + 2 * group) * p.splits + part.index;
+    for (int j = t.thread; j < outputs; j += kConsumers) {
       const int row = j / kDim, d = j % kDim;
-      const float2 scale = join_scales(scales + row, kWarps, group);
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        sum += join[(w * group + row) * kJoinPitch<kDim> + d] * exp2_fast(scales[w * group + row].x - scale.x);
+        sum += join[(w * group + row) * kJoinPitch<kDim> + d] * factors[row * kWarps + w];
       }
       if (alone) {
-        publish(out + j, from_float<T>(scale.y == 0 ? 0.0f : sum / scale.y), t.tag);
-        continue;
+        const float total = joined[row].y;
+        publish(out + j, from_float<T>(total == 0 ? 0.0f : sum / total), t.tag);
+      } else {
+        publish(to + j * p.splits, sum, t.tag);
       }
-      publish(sums_out + j, sum, t.tag);
-      if (d < 2) publish(sums_out + group * kDim + 2 * row + d, d == 0 ? scale.x : scale.y, t.tag);
     }
-    if (alone) continue;
-    sync_consumers();
-    t.mark(p, 6);
-    join_parts<T, kDim>(p, t, part, group, out);
+    if (!alone && t.thread < 2 * group) {
+      publish(to + (outputs + t.thread) * p.splits, reinterpret_cast<const float *>(joined)[t.thread], t.tag);
+    }
+    if (!alone) join_parts<T, kDim>(p, t, part, group, out);
+    sync_consumers();  // before anything else comes where the sums are
   }
 }
 

@@ -16,13 +16,15 @@ struct Block {
   int flip = 0;         // which of two buffers of sums comes next
   int rotary_row = -1;  // whose angles are in shared memory
   uint32_t tag = 0;     // of the layer
+  int tiles_together;   // tiles whose sums meet at once
 
-  __device__ explicit Block(char *shared_)
+  __device__ Block(const Args &p, char *shared_)
       : shared(shared_),
         address(shared_address(shared_)),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
-        thread(threadIdx.x) {}
+        thread(threadIdx.x),
+        tiles_together(kStepSums / (kWarps * kTileRows * 4) / p.rows) {}
 
   __device__ float *words() const { return reinterpret_cast<float *>(shared + kStepWordsAt); }
   __device__ float *sums() const { return reinterpret_cast<float *>(shared + kStepSumsAt + flip * kStepSums); }
@@ -35,17 +37,6 @@ struct Block {
   __device__ T *biases() const {
     return reinterpret_cast<T *>(shared + kStepBiasesAt);
   }
-#ifdef TRACE
-  __device__ void mark(const Args &p, int i) const {
-    if (thread == 0 && tag == 4) {
-      uint32_t now;
-      asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
-      p.trace[blockIdx.x * 64 + i] = now;
-    }
-  }
-#else
-  __device__ void mark(const Args &, int) const {}
-#endif
 };
 
 }  // namespace gqa::cuda::decoder_step

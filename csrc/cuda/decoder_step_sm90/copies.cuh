@@ -35,26 +35,65 @@ __device__ __forceinline__ const char *weights_of(const Matrix &m, int row, int 
   return output < m.ends[1] ? m.weights[1] + (output - m.ends[0]) * bytes : m.weights[2] + (output - m.ends[1]) * bytes;
 }
 
-// A bulk copy occupies its warp for tens of cycles, so the rows of a tile are shared out among the warps.
-__device__ __forceinline__ void copy_weights(const Matrix &m, Ring &ring, uint64_t policy) {
-  const int warp = threadIdx.x / 32 - kWarps, lane = threadIdx.x % 32, row = lane * kStepCopyWarps + warp;
-  Slice slice(m, ring.stage_bytes);
-  for (int first = slice.begin; first < slice.end; first += slice.tile) {
-    slice.find_step(first);
-    const int mine = (slice.rows - warp + kStepCopyWarps - 1) / kStepCopyWarps;
-    const char *from = row < slice.rows ? weights_of(m, row, slice.outputs(first), first) : nullptr;
-    for (int column = 0; column < m.columns; column += slice.step) {
-      const uint32_t bytes = 2 * min(slice.step, m.columns - column);
-      ring.wait_empty();
-      if (lane == 0) arrive_expect_for_warp(ring.full(), mine * bytes);
-      __syncwarp();
-      if (row < slice.rows) {
-        copy_bulk(ring.data() + row * slice.pitch(), from + 2 * column, bytes, ring.full(), policy);
-      }
-      ring.advance();
+// The stages of weights in the order of their use, as one lane sees them: it has a row of each tile, if any. A bulk
+// copy occupies its warp for tens of cycles, so the rows are shared out among the warps.
+template <int kDim>
+struct Stages {
+  const Args &p;
+  const char *shared;
+  const int warp, row;
+  int i = 0;  // phase, of all layers'
+  Matrix m;
+  Slice slice;
+  int first, column, rows;
+  const char *from;
+
+  __device__ Stages(const Args &args, const char *shared_)
+      : p(args), shared(shared_), warp(threadIdx.x / 32 - kWarps), row(threadIdx.x % 32 * kStepCopyWarps + warp) {
+    begin_phase();
+  }
+  __device__ bool more() const { return i <= 4 * p.layers; }
+  __device__ uint32_t bytes() const { return 2 * min(slice.step, m.columns - column); }
+  __device__ int pitch() const { return 2 * slice.step + 16; }
+  __device__ int rows_of_warp() const { return (rows - warp + kStepCopyWarps - 1) / kStepCopyWarps; }
+
+  __device__ void begin_phase() {
+    for (; more(); ++i) {
+      const Phase phase = i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4);
+      slice = slice_of(shared, phase);
+      if (slice.count() == 0) continue;
+      m = matrix_of<kDim>(p, p.layer[min(i / 4, p.layers - 1)], phase);
+      first = slice.begin;
+      return begin_tile();
     }
   }
-}
+  __device__ void begin_tile() {
+    const int tile = tile_of(m), outputs = min(tile, slice.end - first);
+    slice.step = outputs == tile ? slice.full_step : slice.last_step;
+    rows = m.gated ? 2 * outputs : outputs;
+    column = 0;
+    from = row < rows ? weights_of(m, row, outputs, first) : nullptr;
+  }
+  __device__ void advance() {
+    column += slice.step;
+    if (column < m.columns) return;
+    first += tile_of(m);
+    if (first < slice.end) return begin_tile();
+    ++i;
+    begin_phase();
+  }
+  __device__ void copy(const Ring &ring, uint64_t policy) const {
+    if (threadIdx.x % 32 == 0) arrive_expect_for_warp(ring.full(), rows_of_warp() * bytes());
+    __syncwarp();
+    if (from != nullptr) copy_bulk(ring.data() + row * pitch(), from + 2 * column, bytes(), ring.full(), policy);
+  }
+  __device__ void prefetch(uint64_t policy) const {
+    if (from == nullptr) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from + 2 * column), "r"(bytes()),
+                 "l"(policy)
+                 : "memory");
+  }
+};
 
 // Keys, then values, kKeys rows of each at a time; the new row is not there yet. Rows are too short for bulk copies.
 template <int kDim>
@@ -89,20 +128,33 @@ __device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, con
   }
 }
 
+// Weights go to L2 ahead of the ring, so that memory has work while the block waits for others.
 template <int kDim>
-__device__ void copy_all(const Args &p, Ring &ring) {
+__device__ void copy_all(const Args &p, const char *shared, Ring &ring) {
   uint64_t once;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-#ifdef TRACE
-  if (p.variant & 1) asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(once));
-#endif
   const Lengths lengths = load_lengths(p, blockIdx.x);
+  Stages<kDim> now(p, shared), ahead(p, shared);
+  const auto prefetch_next = [&] {
+    if (!ahead.more()) return;
+    ahead.prefetch(once);
+    ahead.advance();
+  };
+  for (int i = 0; i < p.stages && ahead.more(); ++i) ahead.advance();
+  for (int i = 0; i < p.ahead; ++i) prefetch_next();
+  int phase = 0;
 #pragma unroll 1
-  for (int i = 0; i <= 4 * p.layers; ++i) {
-    const Phase phase = i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4);
-    const Layer &layer = p.layer[i / 4];
-    copy_weights(matrix_of<kDim>(p, layer, phase), ring, once);
-    if (phase == kQkv) copy_keys<kDim>(p, layer, lengths, ring, once);
+  while (true) {
+    // Keys come after the weights of q, k and v.
+    for (; phase < now.i && phase < 4 * p.layers; ++phase) {
+      if (phase % 4 == kQkv) copy_keys<kDim>(p, p.layer[phase / 4], lengths, ring, once);
+    }
+    if (!now.more()) break;
+    ring.wait_empty();
+    now.copy(ring, once);
+    ring.advance();
+    now.advance();
+    if (p.ahead > 0) prefetch_next();
   }
 }
 

@@ -60,20 +60,25 @@ __device__ __forceinline__ void receive(const uint32_t *from, uint32_t tag, int 
   }
 }
 
-__device__ __forceinline__ uint32_t receive(const uint32_t *from, uint32_t tag) {
-  uint32_t word;
+// kCount values, `step` words apart but for the first two, which are at `pair`.
+template <int kCount>
+__device__ __forceinline__ void receive(const uint64_t *from, const uint64_t *pair, int64_t step, uint32_t tag,
+                                        float (&values)[kCount]) {
+  bool all;
   do {
-    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
-  } while (word >> 16 != tag);
-  return word & 0xffffu;
-}
-
-__device__ __forceinline__ float receive(const uint64_t *from, uint32_t tag) {
-  uint64_t word;
-  do {
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
-  } while (static_cast<uint32_t>(word >> 32) != tag);
-  return __uint_as_float(static_cast<uint32_t>(word));
+    all = true;
+    uint64_t words[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint64_t *at = i < 2 ? pair + i * step : from + (i - 2) * step;
+      asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(words[i]) : "l"(at) : "memory");
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      all = all && static_cast<uint32_t>(words[i] >> 32) == tag;
+      values[i] = __uint_as_float(static_cast<uint32_t>(words[i]));
+    }
+  } while (!all);
 }
 
 }  // namespace gqa::cuda::decoder_step

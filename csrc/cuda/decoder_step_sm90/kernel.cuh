@@ -63,18 +63,17 @@ __device__ __forceinline__ void load_biases(const Layer &layer, const Block &t, 
 
 template <typename T, int kDim>
 __device__ void compute_all(const Args &p, Ring &ring, char *shared) {
-  Block t(shared);
+  Block t(p, shared);
   const Lengths lengths = load_lengths(p, blockIdx.x);
   Norm<T> norm;
 #pragma unroll 1
   for (int i = 0; i <= 4 * p.layers; ++i) {
     const Phase phase = i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4);
-    const Layer &layer = p.layer[i / 4];
+    const Layer &layer = p.layer[min(i / 4, p.layers - 1)];
     const Matrix m = matrix_of<kDim>(p, layer, phase);
-    const Slice slice(m, ring.stage_bytes);
+    const Slice slice = slice_of(shared, phase);
     const uint32_t before = t.tag;  // of the layer that made this phase's inputs
     if (phase == kQkv) ++t.tag;
-    t.mark(p, phase == kQkv ? 0 : 5 + 2 * phase);
     if (slice.begin < slice.end) {  // a block without outputs must not wait for inputs: it might come too late
       if (phase == kQkv && layer.q_bias != nullptr) load_biases<T>(layer, t, slice, m);
       if (i == 1) load_residual<T>(p, t, slice);
@@ -86,14 +85,12 @@ __device__ void compute_all(const Args &p, Ring &ring, char *shared) {
         if (p.rows == 1) norm.load(p, t, weight);
         norm.apply(p, t, from, phase == kGateUp ? t.tag : before, weight);
       }
-      t.mark(p, phase == kQkv ? 1 : 6 + 2 * phase);
       uint32_t *words = phase == kQkv      ? p.qkv
                         : phase == kO      ? p.after_attention
                         : phase == kGateUp ? p.activated
                                            : p.after_layer;
       const Outputs<T> finish{p, t, phase, slice.begin, m.outputs, words, layer.q_bias != nullptr};
       multiply<T>(p, t, ring, slice, m, finish);
-      t.mark(p, phase == kQkv ? 2 : 15 + phase);
     }
     if (phase == kQkv) attend<T, kDim>(p, layer, lengths, t, ring);
   }
@@ -105,9 +102,13 @@ __global__ void __launch_bounds__(kThreads, 1) decoder_step(const __grid_constan
   extern __shared__ __align__(128) char shared[];
   Ring ring(p, shared_address(shared));
   if (threadIdx.x == 0) ring.init();
+  if (threadIdx.x < 5) {
+    reinterpret_cast<int4 *>(shared + kSlicesAt)[threadIdx.x] =
+        find_slice(matrix_of<kDim>(p, p.layer[0], static_cast<Phase>(threadIdx.x)), p.stage_bytes);
+  }
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    copy_all<kDim>(p, ring);
+    copy_all<kDim>(p, shared, ring);
   } else {
     compute_all<T, kDim>(p, ring, shared);
   }

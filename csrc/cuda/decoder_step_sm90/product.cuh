@@ -10,29 +10,28 @@ namespace gqa::cuda::decoder_step {
 template <typename T, typename Finish>
 __device__ __forceinline__ void multiply(const Args &p, Block &t, Ring &ring, Slice slice, const Matrix &m,
                                          Finish &&finish) {
-  const int together = kStepSums / (kWarps * kTileRows * 4) / p.rows;  // tiles whose sums meet at once
+  const int together = t.tiles_together, tile_log = m.gated ? 3 : 4, tile = 1 << tile_log;
   const uint32_t inputs =
       t.address + p.inputs_at + min(t.lane % 8, p.rows - 1) * input_pitch(m.columns) + t.lane / 8 * 16;
-  for (int begin = slice.begin; begin < slice.end; begin += together * slice.tile) {
-    const int end = min(slice.end, begin + together * slice.tile);
+  for (int begin = slice.begin; begin < slice.end; begin += together << tile_log) {
+    const int count = min(slice.end - begin, together << tile_log);
     float *sums = t.sums();
-    for (int first = begin; first < end; first += slice.tile) {
-      slice.find_step(first);
-      const int outputs = slice.outputs(first);
+    // [tile][row][warp][row of the tile]
+    float *to = sums + t.warp * kTileRows + t.lane / 4;
+    for (int first = begin; first < begin + count; first += tile) {
+      const int outputs = min(tile, slice.end - first);
+      slice.step = outputs == tile ? slice.full_step : slice.last_step;
       // Rows past the last repeat it: nobody looks at what they give.
       const int row = m.gated ? min(t.lane % 8, outputs - 1) + t.lane / 8 % 2 * outputs : min(t.lane % 16, outputs - 1);
-      const int lane_at = row * slice.pitch() + t.lane / 16 * 16;
+      const int lane_at = row * (2 * slice.step + 16) + t.lane / 16 * 16;
       float acc[2][4] = {};
       for (int column = 0; column < m.columns; column += slice.step) {
-        const int steps = min(slice.step, m.columns - column) / 16;
-        const int low = steps * t.warp / kWarps, high = steps * (t.warp + 1) / kWarps;
+        const int steps = min(slice.step, m.columns - column) >> 4;
+        int k = steps * t.warp >> 3;
+        const int high = steps * (t.warp + 1) >> 3;
         const uint32_t x = inputs + 2 * column;
         ring.wait_full();
         const uint32_t w = ring.data() + lane_at;
-        int k = low;
-#ifdef TRACE
-        if (p.variant & 2) k = high;
-#endif
 #pragma unroll 4
         for (; k + 1 < high; k += 2) {
           uint32_t a[2][4], b[4];
@@ -50,30 +49,26 @@ __device__ __forceinline__ void multiply(const Args &p, Block &t, Ring &ring, Sl
         }
         ring.release();
       }
-      // [tile][row][warp][row of the tile]
-      const int tile = (first - begin) / slice.tile;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = t.lane % 4 * 2 + i % 2;
-        if (token < p.rows) {
-          sums[((tile * p.rows + token) * kWarps + t.warp) * kTileRows + t.lane / 4 + i / 2 * 8] =
-              acc[0][i] + acc[1][i];
-        }
+        if (token < p.rows) to[token * kWarps * kTileRows + i / 2 * 8] = acc[0][i] + acc[1][i];
       }
+      to += p.rows * kWarps * kTileRows;
     }
     sync_consumers();
-    const int count = end - begin;
-    for (int i = t.thread; i < count * p.rows; i += kConsumers) {
-      const int token = i / count, output = i - token * count, tile = output / slice.tile;
-      const float *from = sums + (tile * p.rows + token) * kWarps * kTileRows + output % slice.tile;
-      float sum = 0, partner = 0;
+    for (int token = 0; token < p.rows; ++token) {
+      for (int output = t.thread; output < count; output += kConsumers) {
+        const float *from = sums + ((output >> tile_log) * p.rows + token) * kWarps * kTileRows + (output & (tile - 1));
+        float sum = 0, partner = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += from[w * kTileRows];
-      if (m.gated) {
+        for (int w = 0; w < kWarps; ++w) sum += from[w * kTileRows];
+        if (m.gated) {
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) partner += from[w * kTileRows + 8];
+          for (int w = 0; w < kWarps; ++w) partner += from[w * kTileRows + 8];
+        }
+        finish(begin + output, token, sum, partner);
       }
-      finish(begin + output, token, sum, partner);
     }
     t.flip ^= 1;
   }

@@ -55,9 +55,9 @@ __device__ __forceinline__ void norm_head(T *row, const T *weight, float eps, in
 template <typename T>
 __device__ __forceinline__ void rotate_head(T *row, const gqa_rotary &r, const float *angles, int lane) {
   for (int i = lane; i < r.dim / 2; i += 32) {
-    const int low = r.interleaved ? 2 * i : i, high = r.interleaved ? 2 * i + 1 : i + r.dim / 2;
-    const Pair pair = rotate_pair(to_float(row[low]), to_float(row[high]), angles[i], angles[i + r.dim / 2]);
-    row[low] = from_float<T>(pair.first), row[high] = from_float<T>(pair.second);
+    const int high = i + r.dim / 2;
+    const Pair pair = rotate_pair(to_float(row[i]), to_float(row[high]), angles[i], angles[high]);
+    row[i] = from_float<T>(pair.first), row[high] = from_float<T>(pair.second);
   }
   __syncwarp();
 }
@@ -87,7 +87,7 @@ __device__ __forceinline__ void stage_heads(const Args &p, const Layer &layer, B
     const char *norm = key ? layer.k_norm : layer.q_norm;
     if (!value && norm != nullptr) norm_head<T, kDim>(row, reinterpret_cast<const T *>(norm), p.eps, t.lane);
     if (!value && p.rotary.cos != nullptr) rotate_head(row, p.rotary, t.angles(), t.lane);
-    if (j >= group && t.lane < kDim / 8) {
+    if (j >= group && part.valid && t.lane < kDim / 8) {
       char *cache = value ? layer.v_cache : layer.k_cache;
       const int64_t at =
           ((static_cast<int64_t>(part.row) * p.capacity + part.length) * p.kv_heads + part.head) * kDim * 2;

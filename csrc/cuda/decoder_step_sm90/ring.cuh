@@ -61,31 +61,37 @@ __device__ __forceinline__ Matrix matrix_of(const Args &p, const Layer &l, Phase
   }
 }
 
-// The outputs of a matrix that this block has, in tiles; a tile's columns come in as few equal stages as have room.
+// The outputs of a phase that this block has, in tiles; a tile's columns come in as few equal stages as have room.
+// Worked out once, for divisions take long.
 struct Slice {
-  int begin, end, columns, room, tile, scale;
-  int rows = 0, step = 0;
+  int begin, end, full_step, last_step;  // columns of a stage of a full tile, and of the last
+  int step;
 
-  __device__ Slice(const Matrix &m, int stage_bytes)
-      : begin(static_cast<int>(static_cast<int64_t>(m.outputs) * blockIdx.x / gridDim.x)),
-        end(static_cast<int>(static_cast<int64_t>(m.outputs) * (blockIdx.x + 1) / gridDim.x)),
-        columns(m.columns),
-        room(stage_bytes),
-        tile(m.gated ? kTileRows / 2 : kTileRows),
-        scale(m.gated ? 2 : 1) {
-    if (begin < end) find_step(begin);
-  }
-  __device__ int outputs(int first) const { return min(tile, end - first); }
-  // Columns of a stage of the tile from output `first` on.
-  __device__ void find_step(int first) {
-    const int now = outputs(first) * scale;
-    if (now == rows) return;
-    rows = now;
-    const int most = (room / rows - 16) / 32 * 16, stages = (columns + most - 1) / most;
-    step = ((columns + stages - 1) / stages + 15) / 16 * 16;
-  }
-  __device__ int pitch() const { return 2 * step + 16; }
+  __device__ int count() const { return end - begin; }
 };
+
+__device__ __forceinline__ int tile_of(const Matrix &m) { return m.gated ? kTileRows / 2 : kTileRows; }
+
+__device__ __forceinline__ int find_step(int columns, int rows, int room) {
+  const int most = (room / rows - 16) / 32 * 16, stages = (columns + most - 1) / most;
+  return ((columns + stages - 1) / stages + 15) / 16 * 16;
+}
+
+__device__ __forceinline__ int4 find_slice(const Matrix &m, int stage_bytes) {
+  const int each = m.outputs / gridDim.x, rest = m.outputs - each * gridDim.x, block = blockIdx.x;
+  const int begin = each * block + min(block, rest), count = each + (block < rest);
+  if (count == 0) return make_int4(begin, begin, 0, 0);
+  const int tile = tile_of(m), scale = m.gated ? 2 : 1, last = (count - 1) % tile + 1;
+  return make_int4(begin, begin + count, find_step(m.columns, tile * scale, stage_bytes),
+                   find_step(m.columns, last * scale, stage_bytes));
+}
+
+constexpr int kSlicesAt = kStepWordsAt + 64;
+
+__device__ __forceinline__ Slice slice_of(const char *shared, Phase phase) {
+  const int4 s = reinterpret_cast<const int4 *>(shared + kSlicesAt)[phase];
+  return {s.x, s.y, s.z, s.w, s.z};
+}
 
 struct Lengths {
   int64_t cached, leftpad;

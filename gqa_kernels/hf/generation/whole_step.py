@@ -17,7 +17,9 @@ def whole_step(weights: ModelWeights, state: State, *, padded: bool) -> Tensor |
     if weights.device.type != "cuda" or not _is_plain(weights):
         return None
     arguments, options = _call(weights, state, padded)
-    if not gqa_kernels.explain("decoder_step", *arguments, **options).launches:
+    try:
+        gqa_kernels.explain("decoder_step", *arguments, **options)
+    except RuntimeError:  # the kernel's limits
         return None
     return gqa_kernels.decoder_step(*arguments, **options)
 
