@@ -1,9 +1,9 @@
 // One token of each of up to 8 rows through all layers of a decoder, from its embedding to its logits.
-// One block an SM stays for the whole step: four warps copy the block's weights and cached keys through a ring in
-// shared memory, as far ahead as the ring allows, the others compute. Blocks hand on activations in words that carry a
-// tag. Memory order: each weight once, a tile of 16 rows at a time; the cached keys in their turn; activations through
-// L2. Limits: sm_90, all blocks resident at once; 16-bit types; dense contiguous weights and caches. Determinism: sums
-// in a fixed order; the parts of a row's keys depend on its length and on the number of rows.
+// A block an SM for the whole step: four warps copy its weights and cached keys through a ring in shared memory, as far
+// ahead as there is room, eight compute; blocks hand on activations in words that carry a tag, without barriers.
+// Memory order: each weight once, a tile of 16 rows at a time; the cached keys in their turn; activations through L2.
+// Limits: sm_90, all blocks resident at once; 16-bit types; dense contiguous weights and caches.
+// Determinism: sums in a fixed order; the parts of a row's keys depend on its length and on the number of rows.
 #pragma once
 
 #include "cuda/common/silu.cuh"
