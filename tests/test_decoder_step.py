@@ -397,6 +397,24 @@ def test_p23_a_graph_of_steps(gpu: str) -> None:
     assert all(map(same_bytes, call["k_caches"], fresh["k_caches"]))
 
 
+def test_p7_large_caches(gpu: str) -> None:
+    """More than 2^31 elements: the same keys at the end of a large cache give the same bytes."""
+    heads, capacity, window = (8, 8), 1_100_000, 200
+    small = make_step(
+        gpu, torch.bfloat16, [10, 250], heads=heads, dim=128, layers=1, capacity=300, rotary=0, windows=[window]
+    )
+    large, last = cloned(small), capacity - 1
+    for name in ("k_caches", "v_caches"):
+        large[name] = [torch.full((2, capacity, 8, 128), NAN, dtype=torch.bfloat16, device=gpu)]
+        large[name][0][0, :10] = small[name][0][0, :10]
+        large[name][0][1, last - window : last] = small[name][0][1, 250 - window : 250]
+    large["cache_seqlens"][1] = last
+    assert same_bytes(decoder_step(**large), decoder_step(**small))
+    for name in ("k_caches", "v_caches"):
+        assert same_bytes(large[name][0][1, last], small[name][0][1, 250])
+        assert bool(large[name][0][0, 11:].isnan().all()) and bool(large[name][0][1, :1000].isnan().all())
+
+
 def test_p9_no_rows(device: str) -> None:
     assert decoder_step(**make_step(device, torch.bfloat16, [])).shape == (0, 131)
 
