@@ -6,7 +6,15 @@ ATTENTION = "gqa_attention_"
 PROMISES = {
     1: (
         "the largest error is at most twice that of plain PyTorch in the same dtype, the mean error 1.5 times",
-        (ATTENTION + "numerics", ATTENTION + "decode", ATTENTION + "prefill", "rmsnorm", "swiglu_ffn", "linear"),
+        (
+            ATTENTION + "numerics",
+            ATTENTION + "decode",
+            ATTENTION + "prefill",
+            "rmsnorm",
+            "swiglu_ffn",
+            "linear",
+            "decoder_step",
+        ),
     ),
     2: (
         "nothing is read but what the call attends to: NaN everywhere else changes no byte",
@@ -21,9 +29,12 @@ PROMISES = {
     6: (
         "a bad length, page id, offset or position never leaves its row: NaN there, or a write dropped; neighbours "
         "keep their bytes",
-        (ATTENTION + "memory", "kv_cache_append", "rope"),
+        (ATTENTION + "memory", "kv_cache_append", "rope", "decoder_step"),
     ),
-    7: ("tensors and strides above 2^31 elements are right", (ATTENTION + "large", "rope", "residual_add", "swiglu")),
+    7: (
+        "tensors and strides above 2^31 elements are right",
+        (ATTENTION + "large", "large_and_repeated", "rope", "swiglu"),
+    ),
     8: (
         "a NaN reaches exactly the rows that see it, and is never hidden",
         (ATTENTION + "memory", "merge_attention_states", "rmsnorm"),
@@ -76,7 +87,10 @@ PROMISES = {
         "captured in a CUDA graph once, replays with other values and lengths equal eager calls",
         ("every_op", ATTENTION + "graphs"),
     ),
-    24: ("calls run on the current stream, behind what is queued there", (ATTENTION + "graphs",)),
+    24: (
+        "calls run on the current stream, behind what is queued there, on any device, from any thread",
+        (ATTENTION + "graphs", "devices"),
+    ),
     25: ("memory stays flat over thousands of calls", ("every_op", "hf_cache")),
     26: ("compute-sanitizer finds nothing, and does find a planted fault", ("sanitizers",)),
     27: (

@@ -122,11 +122,16 @@ def op_dtypes(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """The dtypes that every device takes, of those that take the op at all."""
 
     def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty_like(x, dtype=dtype) if x.dtype == torch.bfloat16 else x
+        if x.dtype != torch.bfloat16:
+            return x
+        if id(x) not in made:  # a tensor may stand for those of many layers
+            made[id(x)] = torch.empty_like(x, dtype=dtype)
+        return made[id(x)]
 
     devices = [device for device in (None, A100, H200) if kernels(op, args, kwargs, device) != REFUSED]
     served = []
     for dtype, name in DTYPES.items():
+        made: dict[int, torch.Tensor] = {}
         changed = tree_map_only(torch.Tensor, lambda x, dtype=dtype: cast(x, dtype), args)
         if all(kernels(op, changed, kwargs, device) != REFUSED for device in devices):
             served.append(name)
@@ -139,8 +144,8 @@ def support_tables() -> str:
         raise SystemExit("head_dims are no longer the multiples of 8, or a ratio is refused: say so here")
     lines = [
         f"Attention: bfloat16 unless said otherwise, any head_dim that is a multiple of 8 up to {dims[-1]}, any "
-        "number of query heads to a KV head, any page size. Planned for 4 sequences, 32 heads over 8, head_dim 128, "
-        "prompts of 2048, caches of 4096:",
+        "number of query heads to a KV head, any page size (wgmma: multiples of 16). Planned for 4 sequences, 32 "
+        "heads over 8, head_dim 128, prompts of 2048, caches of 4096:",
         "",
         "| | CPU | sm_80 and newer | sm_90 |",
         "|---|---|---|---|",

@@ -11,7 +11,7 @@
  *   - Set struct_size to sizeof the struct and zero the rest before filling it in.
  *   - Sizes are element counts. Strides are in elements; the last dimension always has stride 1.
  *   - B batch, Sq/Sk query/key length, Hq/Hkv query/KV heads (Hq % Hkv == 0), D head_dim.
- *   - No function allocates, synchronises, prints, throws or reads the environment.
+ *   - No function allocates (but gqa_decoder_step_cpu), synchronises, prints, throws or reads the environment.
  *   - Rows of different calls may run on different threads; a CUDA call must be made with its device current.
  */
 #ifndef GQA_KERNELS_H
@@ -463,7 +463,8 @@ typedef struct gqa_decoder_layer {
  * over the cache, o and the residual, RMSNorm, SwiGLU feed-forward block and the residual; then the last norm and the
  * head. Everything rounds to dtype where the separate ops round. Position and place of the token as for
  * gqa_attention_decode; where cache_seqlens[b] is negative or no less than the capacity, row b becomes NaN and its
- * caches stay as they are. CUDA serves 1 ... 8 rows of float16 or bfloat16 on sm_90.
+ * caches stay as they are. CUDA serves 1 ... 8 rows of float16 or bfloat16 on sm_90; the CPU twin, alone of all
+ * functions, allocates: memory for one row's activations, for the time of the call.
  */
 typedef struct gqa_decoder_step_params {
   uint32_t struct_size;

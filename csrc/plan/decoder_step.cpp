@@ -21,7 +21,6 @@ const char *refusal(const gqa_decoder_step_params &p, const gqa_device &device) 
   if (p.dtype == GQA_DTYPE_FLOAT32) return "float32";
   if (p.batch > kStepRows) return "more than 8 rows";
   if (p.num_layers > kStepLayers) return "more than 100 layers";
-  if (p.rotary.cos != nullptr && p.rotary.interleaved) return "interleaved rotation";
   if (p.head_dim != 64 && p.head_dim != 96 && p.head_dim != 128) return "head_dim is not 64, 96 or 128";
   if (p.num_q_heads > kStepGroup * p.num_kv_heads) return "more than 8 query heads a KV head";
   if (p.hidden_size % 16 != 0 || p.intermediate % 16 != 0) return "sizes are no multiples of 16";

@@ -13,9 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from support.guard import same_bytes
 
 
+def lacks_sm90() -> bool:
+    """Whether the GPU is one that decoder_step, which has no portable kernel, refuses."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
+
+
 def require_sm90() -> None:
-    """For what has no portable kernel."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0):
+    if lacks_sm90():
         pytest.skip("no sm_90")
 
 
