@@ -42,7 +42,6 @@ Args args_of(const gqa_decoder_step_params &p, const DecoderStepPlan &plan) {
   a.stages = static_cast<int32_t>(plan.stages), a.stage_bytes = static_cast<int32_t>(plan.stage_bytes);
   a.inputs_at = static_cast<int32_t>(plan.inputs_at), a.ring_at = static_cast<int32_t>(plan.ring_at);
   a.splits = static_cast<int32_t>(plan.splits), a.min_keys = kStepPart;
-  a.ahead = kStepAhead;
   a.eps = p.eps, a.scale = p.softmax_scale * decoder_step::kLog2e;
   a.input = static_cast<const char *>(p.hidden);
   char *workspace = static_cast<char *>(p.workspace);

@@ -14,7 +14,6 @@ constexpr int kStepTileRows = 16;           // weight rows multiplied at a time
 constexpr int kStepKeys = 16 * kStepWarps;  // keys of a stage
 constexpr int kStepPart = 128;              // keys below which a row's are not divided further
 constexpr int kStepSums = 2 * kStepWarps * kStepTileRows * kStepRows * 4;  // bytes of the sums of two tiles of 8 rows
-constexpr int kStepAhead = 4;     // stages beyond the ring whose weights are on their way to L2
 constexpr int kStepOwned = 128;   // hidden dimensions that a block keeps, at most
 constexpr int kStepBiases = 512;  // biases that a block keeps, at most
 

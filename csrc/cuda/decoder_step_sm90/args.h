@@ -22,7 +22,6 @@ struct Args {
   int32_t rows, layers, hidden, intermediate, q_heads, kv_heads, vocabulary, capacity;
   int32_t stages, stage_bytes;  // of the ring
   int32_t inputs_at, ring_at;   // in shared memory
-  int32_t ahead;                // stages beyond the ring whose weights are on their way to L2
   int32_t splits, min_keys;     // most parts of a row's keys, and the fewest keys worth a part
   float eps, scale;             // scale: of log2 units
   const char *input;            // [rows, hidden]

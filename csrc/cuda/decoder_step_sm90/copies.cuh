@@ -87,12 +87,6 @@ struct Stages {
     __syncwarp();
     if (from != nullptr) copy_bulk(ring.data() + row * pitch(), from + 2 * column, bytes(), ring.full(), policy);
   }
-  __device__ void prefetch(uint64_t policy) const {
-    if (from == nullptr) return;
-    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(from + 2 * column), "r"(bytes()),
-                 "l"(policy)
-                 : "memory");
-  }
 };
 
 // Keys, then values, kKeys rows of each at a time; the new row is not there yet. Rows are too short for bulk copies.
@@ -128,33 +122,24 @@ __device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, con
   }
 }
 
-// Weights go to L2 ahead of the ring, so that memory has work while the block waits for others.
 template <int kDim>
 __device__ void copy_all(const Args &p, const char *shared, Ring &ring) {
   uint64_t once;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   const Lengths lengths = load_lengths(p, blockIdx.x);
-  Stages<kDim> now(p, shared), ahead(p, shared);
-  const auto prefetch_next = [&] {
-    if (!ahead.more()) return;
-    ahead.prefetch(once);
-    ahead.advance();
-  };
-  for (int i = 0; i < p.stages && ahead.more(); ++i) ahead.advance();
-  for (int i = 0; i < p.ahead; ++i) prefetch_next();
+  Stages<kDim> stages(p, shared);
   int phase = 0;
 #pragma unroll 1
   while (true) {
     // Keys come after the weights of q, k and v.
-    for (; phase < now.i && phase < 4 * p.layers; ++phase) {
+    for (; phase < stages.i && phase < 4 * p.layers; ++phase) {
       if (phase % 4 == kQkv) copy_keys<kDim>(p, p.layer[phase / 4], lengths, ring, once);
     }
-    if (!now.more()) break;
+    if (!stages.more()) break;
     ring.wait_empty();
-    now.copy(ring, once);
+    stages.copy(ring, once);
     ring.advance();
-    now.advance();
-    if (p.ahead > 0) prefetch_next();
+    stages.advance();
   }
 }
 

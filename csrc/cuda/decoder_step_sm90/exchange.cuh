@@ -37,25 +37,30 @@ __device__ __forceinline__ uint2 values_of(const uint4 &w) {
   return make_uint2(__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.z, w.w, 0x5410));
 }
 
-// Calls use(i, four values) for vectors i = first, first + step ... below count, several of them on their way at once.
+// Until the vector has come. A warp that waits asks for one vector at a time: more would take bandwidth from the
+// weights.
+__device__ __forceinline__ void watch(const uint32_t *from, uint32_t tag) {
+  while (!is_there(look(from), tag)) {
+  }
+}
+
+// Calls use(i, four values) for vectors i = first, first + step ... below count, several of them on their way at once;
+// the lanes of a warp have consecutive ones.
 template <int kAtOnce, typename Use>
 __device__ __forceinline__ void receive(const uint32_t *from, uint32_t tag, int first, int step, int count, Use &&use) {
 #pragma unroll 1
   for (; first < count; first += kAtOnce * step) {
+    if (count > step) watch(from + 4 * (first & ~31), tag);
     uint4 w[kAtOnce];
-    bool all;
-    do {
-      all = true;
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i * step < count) w[i] = look(from + 4 * (first + i * step));
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) all = all && (first + i * step >= count || is_there(w[i], tag));
-    } while (!all);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * step < count) use(first + i * step, values_of(w[i]));
+      if (first + i * step < count) w[i] = look(from + 4 * (first + i * step));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * step >= count) continue;
+      while (!is_there(w[i], tag)) w[i] = look(from + 4 * (first + i * step));
+      use(first + i * step, values_of(w[i]));
     }
   }
 }
@@ -65,6 +70,11 @@ template <int kCount>
 __device__ __forceinline__ void receive(const uint64_t *from, const uint64_t *pair, int64_t step, uint32_t tag,
                                         float (&values)[kCount]) {
   bool all;
+  do {
+    uint64_t last;  // to be written
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(last) : "l"(pair) : "memory");
+    all = static_cast<uint32_t>(last >> 32) == tag;
+  } while (!__all_sync(~0u, all));
   do {
     all = true;
     uint64_t words[kCount];
