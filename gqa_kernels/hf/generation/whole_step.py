@@ -11,10 +11,14 @@ import gqa_kernels
 from gqa_kernels.hf.generation.record import LayerWeights, ModelWeights
 from gqa_kernels.hf.generation.state import State
 
+#: Bytes of a layer's weights beyond which the ops for each part are faster, for one row and for more.
+MOST_FOR_ONE, MOST_FOR_MORE = 256 << 20, 64 << 20
+
 
 def whole_step(weights: ModelWeights, state: State, *, padded: bool) -> Tensor | None:
-    """Logits ``[rows, vocabulary]`` of the token after ``state.hidden``, or None where the kernel doesn't serve it."""
-    if weights.device.type != "cuda" or not _is_plain(weights):
+    """Logits ``[rows, vocabulary]`` of the token after ``state.hidden``, or None where the ops for each part do
+    better, or the kernel doesn't serve it."""
+    if weights.device.type != "cuda" or not _is_plain(weights) or not _is_small(weights, state.batch):
         return None
     arguments, options = _call(weights, state, padded)
     try:
@@ -36,6 +40,12 @@ def _is_plain(weights: ModelWeights) -> bool:
         and len({(layer.qk_norms is None, layer.qkv.bias is None) for layer in layers}) == 1
         and not any(part.biases for part in without)
     )
+
+
+def _is_small(weights: ModelWeights, rows: int) -> bool:
+    layer = weights.layers[0]
+    matrices = (*layer.qkv.weights, *layer.o.weights, *layer.gate_up.weights, *layer.down.weights)
+    return sum(matrix.nbytes for matrix in matrices) <= (MOST_FOR_ONE if rows == 1 else MOST_FOR_MORE)
 
 
 def _call(weights: ModelWeights, state: State, padded: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
