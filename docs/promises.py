@@ -55,7 +55,7 @@ PROMISES = {
     ),
     14: (
         "the same call gives the same bytes, beside other traffic on the device too",
-        (ATTENTION + "graphs", ATTENTION + "numerics"),
+        (ATTENTION + "graphs", ATTENTION + "numerics", "large_and_repeated"),
     ),
     15: (
         "with `batch_invariant=True` a row's bytes do not depend on the batch around it",
