@@ -6,7 +6,15 @@ ATTENTION = "gqa_attention_"
 PROMISES = {
     1: (
         "the largest error is at most twice that of plain PyTorch in the same dtype, the mean error 1.5 times",
-        (ATTENTION + "numerics", ATTENTION + "lengths", ATTENTION + "splits", "rmsnorm", "swiglu_ffn", "linear"),
+        (
+            ATTENTION + "numerics",
+            ATTENTION + "lengths",
+            ATTENTION + "splits",
+            "rmsnorm",
+            "swiglu_ffn",
+            "linear",
+            "decoder_step",
+        ),
     ),
     2: (
         "nothing is read but what the call attends to: NaN everywhere else changes no byte",
@@ -21,7 +29,7 @@ PROMISES = {
     6: (
         "a bad length, page id, offset or position never leaves its row: NaN there, or a write dropped; neighbours "
         "keep their bytes",
-        (ATTENTION + "memory", ATTENTION + "replays", "kv_cache_append", "rope"),
+        (ATTENTION + "memory", ATTENTION + "replays", "kv_cache_append", "rope", "decoder_step"),
     ),
     7: (
         "tensors and strides above 2^31 elements are right",

@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Make = Callable[..., Tensor]
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADS = [(1, 1), (2, 1), (4, 4), (8, 2), (7, 1), (14, 2), (32, 8)]
 
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def _maker(rng: random.Random, dtypes: list[torch.dtype] = DTYPES) -> Make:
+def _maker(rng: random.Random, dtypes: Sequence[torch.dtype] = DTYPES) -> Make:
     dtype = rng.choice(dtypes)
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
 
@@ -246,6 +245,36 @@ def _linear(rng: random.Random) -> Call:
     return (make(tokens, inside), *(make(out, inside) / 8 for out in outs)), options
 
 
+def _decoder_step(rng: random.Random) -> Call:
+    """Of a few narrow layers that the kernel takes: up to 8 rows of a 16-bit type, up to 8 query heads a KV head."""
+    make = _maker(rng, [torch.float16, torch.bfloat16])
+    q_heads, kv_heads = rng.choice([heads for heads in HEADS if heads[0] <= 14])
+    dim, hidden, intermediate = rng.choice([64, 96, 128]), rng.choice([64, 176]), rng.choice([96, 208])
+    layers, rows, capacity = rng.randrange(1, 4), rng.choice([1, 2, 5, 8]), rng.choice([70, 300])
+
+    def each(*shape: int, scale: float = 1.0) -> list[Tensor]:
+        return [make(*shape) * scale for _ in range(layers)]
+
+    q, kv, width = q_heads * dim, kv_heads * dim, hidden**-0.5
+    weights = [each(outputs, hidden, scale=width) for outputs in (q, kv, kv)] + [each(hidden, q, scale=q**-0.5)]
+    weights += [each(intermediate, hidden, scale=width) for _ in range(2)]
+    weights += [each(hidden, intermediate, scale=intermediate**-0.5), each(hidden), each(hidden)]
+    options: dict[str, Any] = {"eps": 1e-5}
+    options["cache_seqlens"] = _ints([rng.randrange(1, capacity) for _ in range(rows)])
+    if rng.random() < 0.7:
+        options["rotary_cos"], options["rotary_sin"] = _tables(make, capacity, rng.choice([dim, dim // 2]))
+    if rng.random() < 0.3:
+        options["cache_leftpad"] = _ints([rng.randrange(0, 40) for _ in range(rows)])
+    if rng.random() < 0.3:
+        options |= {"q_bias": each(q), "k_bias": each(kv), "v_bias": each(kv)}
+    if rng.random() < 0.3:
+        options |= {"q_norm": each(dim), "k_norm": each(dim)}
+    if rng.random() < 0.3:
+        options["window_left"] = [rng.choice([-1, 0, 16, 40]) for _ in range(layers)]
+    caches = [each(rows, capacity, kv_heads, dim) for _ in range(2)]
+    return (make(rows, hidden), *caches, *weights, make(hidden), make(333, hidden) * width), options
+
+
 def _sample(rng: random.Random) -> Call:
     make, rows, vocab = _maker(rng), rng.randrange(1, 6), rng.choice([5, 1000, 32000])
     options: dict[str, Any] = {"seed": rng.randrange(100)}
@@ -272,6 +301,7 @@ def _sample(rng: random.Random) -> Call:
 
 CALLS: dict[str, Callable[[random.Random], Call]] = {
     "add_rmsnorm": _norm(2),
+    "decoder_step": _decoder_step,
     "gqa_attention_decode": _decode,
     "gqa_attention_prefill": _prefill,
     "kv_cache_append": _append,
@@ -296,9 +326,7 @@ TURNS |= {"gqa_attention_prefill": [_prefill, _prefill_tiles]}
 def random_call(op: str, seed: int, device: str) -> Call:
     """Made on the CPU, then moved: a copy counts as initialised memory where a sanitizer watches our kernels alone."""
 
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
     turns = TURNS.get(op, [CALLS[op]])
     args, options = turns[seed % len(turns)](random.Random(f"{op} {seed}"))
-    return tuple(map(move, args)), {name: move(value) for name, value in options.items()}
+    moved: Call = tree_map_only(Tensor, lambda x: x.to(device), (args, options))
+    return moved
