@@ -249,8 +249,8 @@ def test_sample_on_hopper_holds_the_row_in_a_cluster(vocab: int, dtype: torch.dt
         assert greedy["grid"][0] // rows in (1, 2, 4, 8, 16) and greedy["grid"][0] % rows == 0
         (portable,) = plan_for(A100, "sample", logits, top_p=0.9)["launches"]
         assert portable["kernel"] == "sample_row" and tuple(portable["grid"]) == (rows, 1, 1)
-    assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 8, 16}
-    assert vocab < 128256 or blocks[:4] == [16, 16, 8, 8]
+    assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 6, 8, 16}
+    assert vocab < 128256 or (blocks[:3] == [16, 16, 8] and blocks[3] in (6, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -28,25 +28,28 @@ namespace {
 // kAdjusted: with penalties, a bias or a bitmask.
 template <typename T, int kThreads, bool kAdjusted>
 __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew || sizeof(T) == 4 ? 1 : 2)
-    sample_cluster(const __grid_constant__ gqa_sample_params p, const __grid_constant__ Settings of_call) {
+    sample_cluster(const __grid_constant__ gqa_sample_params p, const __grid_constant__ Settings of_call,
+                   uint32_t inverse) {
 #ifdef GQA_SAMPLE_SM90
   extern __shared__ __align__(16) unsigned char cluster_memory[];
   __shared__ Shared shared;
   Cells *cells = reinterpret_cast<Cells *>(cluster_memory);
   launch_dependents();
-  const Exchange exchange(&shared);
+  const Exchange exchange(&shared, inverse);
   const bool controls = warp() == kThreads / 32;
   if (threadIdx.x == kThreads) exchange.open();
   cluster_arrive_relaxed();
   wait_for_prerequisites();
 
-  const int64_t at = blockIdx.x >> exchange.log_blocks();
+  const int64_t at = cluster_id();
   const T *z = static_cast<const T *>(p.logits) + at * p.logits_stride;
   using Held = std::conditional_t<kAdjusted, float, T>;
   const Held *aligned_like = nullptr;
   if constexpr (!kAdjusted) aligned_like = z;
-  Part<Held, kThreads> part(aligned_like, static_cast<int>(p.vocab), exchange.rank, exchange.log_blocks(), cells + 1);
-  Worker<Held, kThreads> worker(exchange, part, &shared, cells);
+  Tally *tally = reinterpret_cast<Tally *>(cells + 1);
+  unsigned char *held = cluster_memory + sizeof(Cells) + (kTallies<Held, kThreads> ? kSampleTally : 0);
+  Part<Held, kThreads> part(aligned_like, static_cast<int>(p.vocab), exchange, held);
+  Worker<Held, kThreads> worker(exchange, part, &shared, cells, tally);
   if (controls) {
     u64 edges = 0;
     if constexpr (!kAdjusted) edges = max_of_halves(part.load_edges().ends());
@@ -58,7 +61,11 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
     }
   } else {
     worker.load([&](auto &&meanwhile) {
-      if constexpr (!kAdjusted) return part.load(meanwhile);
+      if constexpr (!kAdjusted) {
+        return part.load(meanwhile, [&](int v, const Vec<Held> &vec) {
+          if constexpr (kTallies<Held, kThreads>) count_vector(tally, v, vec);
+        });
+      }
       if constexpr (kAdjusted) return load_adjusted(&part, z, load_adjustments<T>(p, at), p.vocab, meanwhile);
     });
   }
@@ -79,7 +86,8 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
     worker.serve();
     return;
   }
-  Controller<Held, kThreads> row(exchange, part, &shared, cells, top, ~static_cast<uint32_t>(ends));
+  Controller<Held, kThreads> row(exchange, part, &shared, cells, tally, top, ~static_cast<uint32_t>(ends),
+                                 p.logprob != nullptr);
   const Drawn drawn = row.decide(shared.settings, p.vocab);
   if (!row.writes() || lane() != 0) return;
   p.ids[at] = drawn.id;
@@ -98,7 +106,8 @@ gqa_status launch_sample_cluster(const gqa_sample_params &p, const gqa_launch &p
     auto kernel = plan.block[0] == kSampleClusterFew + 32 ? sample_cluster<T, kSampleClusterFew, false>
                                                           : sample_cluster<T, kSampleClusterMany, false>;
     if (is_adjusted(p)) kernel = sample_cluster<T, kSampleClusterAdjusted, true>;
-    return launch_clusters(kernel, plan, stream, p, settings_of(p));
+    const uint32_t inverse = ((1u << kSampleInverseBits) + plan.variant - 1) / plan.variant;
+    return launch_clusters(kernel, plan, stream, p, settings_of(p), inverse);
   });
 }
 

@@ -18,7 +18,9 @@ constexpr int kSampleColumns = 64;
 constexpr int kSampleClusterColumns = 32;
 constexpr int kSampleClusterBins = 352;
 constexpr int kSampleClusterCells = (kSampleClusterBins + 1) * kSampleClusterColumns;  // one for no mass
-constexpr int kSampleClusterStatic = 12 * 1024;  // bytes its static shared memory stays below
+constexpr int kSampleClusterStatic = 13 * 1024;  // bytes its static shared memory stays below
+constexpr int kSampleTally = 20 * 1024 + 512;    // bytes for counts of bfloat16 logits by value
+constexpr int kSampleInverseBits = 31;
 constexpr int kSampleClusterFew = 512, kSampleClusterMany = 896;
 
 // Where logits are adjusted as they are read: fewer threads, with registers for what is read beside them.

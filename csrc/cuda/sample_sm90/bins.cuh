@@ -1,49 +1,58 @@
 // The bins of the whole row: how the cluster sums its blocks' histograms, and what the sums answer.
 #pragma once
 
-#include "cuda/sample_sm90/cluster_shared.cuh"
+#include "cuda/sample_sm90/exchange.cuh"
 
 namespace gqa::cuda {
 
 // A row of the histogram. Threads start at different columns, so that they do not meet in one bank.
-__device__ __forceinline__ u64 sum_of_row(const uint32_t (&columns)[kColumns], uint32_t turn) {
+// Cells of the second half count 2^shift.
+__device__ __forceinline__ u64 sum_of_row(const uint32_t (&columns)[kColumns], uint32_t turn, int shift) {
   const uint4 *cells = reinterpret_cast<const uint4 *>(columns);
   u64 sum = 0;
 #pragma unroll
   for (uint32_t i = 0; i < kColumns / 4; ++i) {
-    const uint4 cell = cells[(i + turn) % (kColumns / 4)];
-    sum += u64{cell.x} + cell.y + (u64{cell.z} + cell.w);
+    const uint32_t at = (i + turn) % (kColumns / 4);
+    const uint4 cell = cells[at];
+    sum += (u64{cell.x} + cell.y + (u64{cell.z} + cell.w)) << (at >= kColumns / 8 ? shift : 0);
   }
   return sum;
 }
 
 // Each bin's sum goes to the block that sums its group, and as the least entry's what min-p keeps of its bin.
-// Leaves select's cells at zero.
-__device__ __forceinline__ void scatter_sums(const Exchange &exchange, uint32_t least_bin, Shared *shared,
+// Leaves the cells that select and pick add to at zero.
+__device__ __forceinline__ void scatter_sums(const Exchange &exchange, uint32_t least_bin, int shift, Shared *shared,
                                              Cells *cells) {
   const uint32_t bin = threadIdx.x;
   if (bin >= kBinEntries) return;
-  u64 sum = sum_of_row(cells->histogram[bin == kLeastEntry && least_bin < kBins ? least_bin : bin], bin);
-  if (bin == least_bin) sum += sum_of_row(cells->histogram[kLeastEntry], bin);
-  const uint32_t entries = kBinEntries >> exchange.log_blocks(), to = bin / kGroupBins * exchange.blocks / kGroups;
-  exchange.send(to, shared->slots + exchange.rank * entries + bin - to * entries, kScatter, sum);
+  u64 sum = sum_of_row(cells->histogram[bin == kLeastEntry && least_bin < kBins ? least_bin : bin], bin, shift);
+  if (bin == least_bin) sum += sum_of_row(cells->histogram[kLeastEntry], bin, shift);
+  shared->own[bin] = sum;
+  shared->own[bin] = sum;
+  const uint32_t group = bin / kGroupBins, place = exchange.place_of(group);
+  const uint32_t slot = exchange.rank * exchange.most_groups() + place;
+  exchange.send(group - place * exchange.blocks, shared->slots + slot * kGroupBins + bin % kGroupBins, kScatter, sum);
   meet<kBinEntries>(kSummed);
-  if (bin >= 2 * (kDigits + 1)) return;
+  constexpr uint32_t kChunks = offsetof(Cells, select.chunks) / (kColumns * sizeof(uint32_t));
+  constexpr uint32_t kChunkRows = sizeof(Cells::select.chunks) / (kColumns * sizeof(uint32_t));
+  static_assert(kChunks + kChunkRows <= kBinEntries && kMaxChunks % kColumns == 0);
+  if (bin >= 2 * (kDigits + 1) && bin - kChunks >= kChunkRows) return;
   uint4 *row = reinterpret_cast<uint4 *>(cells->histogram[bin]);
 #pragma unroll
   for (int i = 0; i < kColumns / 4; ++i) row[(i + bin) % (kColumns / 4)] = make_uint4(0, 0, 0, 0);
 }
 
-// One warp sums a group of bins over the blocks and tells all of them.
-__device__ __forceinline__ void gather_bins(const Exchange &exchange, uint32_t group, uint32_t groups, Shared *shared) {
+// One warp sums the block's group of bins at this place over the blocks and tells all of them.
+__device__ __forceinline__ void gather_bins(const Exchange &exchange, uint32_t place, Shared *shared) {
   exchange.receive(kScatter);
   const bool holds = lane() < kGroupBins;
-  const uint32_t bin = (exchange.rank * groups + group) * kGroupBins + lane();
-  const u64 *slot = shared->slots + group * kGroupBins + lane();
+  const uint32_t bin = (place * exchange.blocks + exchange.rank) * kGroupBins + lane();
+  const u64 *slot = shared->slots + place * kGroupBins + lane();
   u64 sum = 0;
   if (holds) {
 #pragma unroll
-    for (uint32_t i = 0; i < kMaxBlocks; ++i) sum += i < exchange.blocks ? slot[i * groups * kGroupBins] : 0;
+    for (uint32_t i = 0; i < kMaxBlocks; ++i)
+      sum += i < exchange.blocks ? slot[i * exchange.most_groups() * kGroupBins] : 0;
   }
   const bool is_bin = holds && bin < kBins;
   const u64 sums = running_sum(is_bin ? sum : 0), masses = running_sum(is_bin ? bin_mass(sum, bin) : 0);

@@ -3,8 +3,7 @@
 #pragma once
 
 #include "common/sampling_draw.h"
-#include "cuda/common/cluster.cuh"
-#include "cuda/common/mbarrier.cuh"
+#include "cuda/common/vec.cuh"
 #include "plan/sample.h"
 
 namespace gqa::cuda {
@@ -18,11 +17,15 @@ constexpr int kColumns = kSampleClusterColumns;
 constexpr int kBinEntries = kSampleClusterBins;
 constexpr int kGroups = 16;  // of bins, each summed by one warp
 constexpr int kGroupBins = kBinEntries / kGroups;
+constexpr int kMaxSlots = 21 * kGroupBins;    // 7 blocks with up to 3 groups each
 constexpr int kLeastEntry = kBinEntries - 1;  // after the bins, for the bin in which min-p ends
 constexpr int kNoRow = kBinEntries;           // of the histogram: for tokens without mass
 constexpr int kDigits = 64;                   // of the key, told apart in one round of select
 constexpr int kDigitBits = 6;
 constexpr int kFew = 128;        // tokens that one block can sort out by itself
+constexpr int kMaxChunks = 384;  // of 32 vectors that a block's memory can hold
+constexpr uint32_t kRow = kColumns * sizeof(uint32_t);
+constexpr int kLimb = 18;        // bits of a product's lower part, where the histogram holds products in two
 constexpr int kCountShift = 40;  // a word counts above bit 40 and sums m below it
 static_assert(kGroups * kGroupBins == kBinEntries && kLeastEntry >= static_cast<int>(kBins));
 static_assert(kGroupBins <= 32 && kGroups <= 32);
@@ -54,6 +57,7 @@ struct Order {
   uint32_t within;     // by key: only tokens with this digit by exponent, or kAll
   uint32_t key;        // to look for
   bool by_exponent, counts, counts_above;  // count tokens by digit; and those above `most`
+  bool told;                               // of kPick: the block's sum is known to the cluster
 };
 
 // The bins in which a filter may end, the first and the last; wanted: up to there by count, else within them.
@@ -69,10 +73,11 @@ enum Message { kEnds, kNumbers, kScatter, kGather, kParts, kRound, kList = kRoun
 struct Shared {
   u64 barriers[kMessages];
   Running bins[kBinEntries + 1];  // the last: what min-p keeps of its bin
-  u64 slots[kBinEntries];         // [block][bins of the groups that this block sums]
+  u64 slots[kMaxSlots];           // [block][groups that this block sums][bin]
   u64 parts[kMaxBlocks];
+  u64 own[kBinEntries];  // of this block, each bin's sum; and what min-p keeps of its bin
   u64 ends[kMaxBlocks], numbers[kMaxBlocks];
-  u64 of_warp[32];  // the controller's is the last
+  u64 of_warp[32];  // ends, what is looked for, or what may be picked; of the ends the last is the controller's
   uint32_t listed;  // tokens of this block
   Settings settings;
   Random random;
@@ -81,20 +86,20 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSampleClusterStatic);
 
-// Dynamic shared memory ahead of the logits: the histogram, one column a lane. Once its sums are out, select uses
-// its first rows and receives in the rest; then pick leaves the sums of its chunks there.
+// Dynamic shared memory ahead of the logits: the histogram, one column a lane. Once its sums are out, select and pick
+// use its rows.
 union Cells {
   uint32_t histogram[kBinEntries + 1][kColumns];
   struct {
     uint32_t sums[kDigits + 1][kColumns], counts[kDigits + 1][kColumns];  // the last row for tokens to leave out
     u64 slots[2][kMaxBlocks][kDigits];
+    uint32_t chunks[kMaxChunks];  // by 32 vectors, what may be picked weighs
   } select;
   struct {
     uint32_t of_select[2 * (kDigits + 1)][kColumns];
     u64 sent[kMaxBlocks][kFew], list[kFew], sorted[kFew], masses[kFew];
     uint32_t m[kFew], bins[kFew], sums[kFew];
   } few;
-  uint32_t chunk_sums[2048];
 };
 static_assert(sizeof(Cells) == kSampleClusterCells * sizeof(uint32_t));
 
@@ -111,14 +116,23 @@ __device__ __forceinline__ u64 running_sum(u64 value) {
   return value;
 }
 
+__device__ __forceinline__ u64 sum_of_lanes(uint32_t value) {
+  return (u64{__reduce_add_sync(kAll, value >> 16)} << 16) + __reduce_add_sync(kAll, value & 0xffffu);
+}
+
 // The largest of the warp's upper halves, and of its lower halves.
 __device__ __forceinline__ u64 max_of_halves(u64 word) {
   const uint32_t high = __reduce_max_sync(kAll, static_cast<uint32_t>(word >> 32));
   return u64{high} << 32 | __reduce_max_sync(kAll, static_cast<uint32_t>(word));
 }
 
+// An address in shared memory as a number: computed in one step from the bits that hold a bin or a digit.
+__device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {
+  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // Named barriers of the block.
-enum Meeting { kOrdered = 1, kWorkers, kPassed, kSummed };
+enum Meeting { kOrdered = 1, kWorkers, kPassed, kSummed, kWeighed };
 
 template <int kThreads>
 __device__ __forceinline__ void meet(Meeting meeting) {
@@ -129,46 +143,5 @@ template <int kThreads>
 __device__ __forceinline__ void announce(Meeting meeting) {
   asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(meeting)), "n"(kThreads) : "memory");
 }
-
-class Exchange {
- public:
-  __device__ explicit Exchange(Shared *shared) : rank(cluster_rank()), blocks(cluster_size()), shared_(*shared) {}
-
-  // For one thread; the cluster's barrier must come between it and the first push.
-  __device__ void open() const {
-    const uint32_t bytes[kList] = {blocks * 8, blocks * 8,           kBinEntries * 8,     (kBinEntries + 1) * 16,
-                                   blocks * 8, blocks * kDigits * 8, blocks * kDigits * 8};
-#pragma unroll
-    for (int i = 0; i < kMessages; ++i) {
-      mbarrier_init(barrier(i), 1);
-      if (i < kList) mbarrier_arrive_expect(barrier(i), bytes[i]);
-    }
-    mbarrier_fence_init();
-  }
-
-  template <typename... Values>
-  __device__ __forceinline__ void send(uint32_t to, const void *at, int message, Values... values) const {
-    push(map_to_rank(static_cast<uint32_t>(__cvta_generic_to_shared(at)), to), values...,
-         map_to_rank(barrier(message), to));
-  }
-
-  __device__ __forceinline__ void receive(int message, uint32_t parity = 0) const {
-    mbarrier_wait_cluster(barrier(message), parity);
-  }
-
-  __device__ uint32_t log_blocks() const { return (blocks > 1) + (blocks > 2) + (blocks > 4) + (blocks > 8); }
-
-  // For one thread.
-  __device__ void expect(int message, uint32_t bytes) const { mbarrier_arrive_expect(barrier(message), bytes); }
-
-  const uint32_t rank, blocks;
-
- private:
-  __device__ uint32_t barrier(int message) const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared_.barriers + message));
-  }
-
-  Shared &shared_;
-};
 
 }  // namespace gqa::cuda

@@ -2,6 +2,7 @@
 // token to take, and orders passes over the logits. The controllers of a cluster come to the same conclusions.
 #pragma once
 
+#include "cuda/sample_sm90/pick.cuh"
 #include "cuda/sample_sm90/select.cuh"
 #include "cuda/sample_sm90/worker.cuh"
 
@@ -10,8 +11,8 @@ namespace gqa::cuda {
 template <typename T, int kThreads>
 class Controller {
  public:
-  __device__ Controller(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells, Top top,
-                        uint32_t least_key)
+  __device__ Controller(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells,
+                        const Tally *tally, Top top, uint32_t least_key, bool needs_total)
       : least_key_(least_key),
         exchange_(exchange),
         part_(part),
@@ -19,7 +20,8 @@ class Controller {
         cells_(*cells),
         top_(top),
         bins_(shared),
-        orders_(exchange, shared, cells),
+        orders_(exchange, shared, cells, tally),
+        needs_total_(needs_total),
         writes_(exchange.rank == 0) {}
 
   __device__ __forceinline__ Top top() const { return top_; }
@@ -31,19 +33,23 @@ class Controller {
     scale_ = scale;
     orders_.set_scale(max_, scale, key_to_logit(least_key_));
     exchange_.receive(kGather);
+    meet<kThreads + 32>(kWeighed);
     bins_.add_up();
   }
 
   __device__ __forceinline__ Drawn decide(const Settings &s, int64_t vocab) {
     if (is_drawn(top_, s)) {
       receive_bins(key_to_logit(top_.key), s.scale);
+      least_bin_ = sampling::weigh(s.least_exponent).bin;
       const bool limited = s.top_k > 0 && s.top_k < vocab;
-      shared_.span = {{0, 0}, kBins - 1, 0};
+      Span span{{0, 0}, kBins - 1, 0};
       if (limited) {
-        shared_.span = bins_.span_of_count(s.top_k);
+        span = bins_.span_of_count(s.top_k);
       } else if (s.top_p < kTopPOff) {
-        shared_.span = bins_.span_of_share({}, s.top_p);
+        span = bins_.span_of_share({}, s.top_p);
       }
+      shared_.span = span;
+      __syncwarp();
       if (bins_.before(shared_.span.last_bin).sum + bins_.sum(shared_.span.last_bin) <= kFew * uint64_t{kLeastM}) {
         return draw_from_few(s, limited);
       }
@@ -58,16 +64,23 @@ class Controller {
     for (int step = 0; step < 2; ++step) {
       const bool by_count = step == 0;
       if (by_count ? top_k == 0 : top_p >= kTopPOff) continue;
-      if (!by_count && top_k != 0) shared_.span = bins_.span_of_share(kept, top_p);
-      if (shared_.span.from.bin == kBins) continue;
-      const auto selected = orders_.select(shared_.span.from.bin, shared_.span.last_bin, by_count, shared_.span.wanted);
+      if (!by_count && top_k != 0) {
+        __syncwarp();
+        shared_.span = bins_.span_of_share(kept, top_p);
+        __syncwarp();
+      }
+      const Span &span = shared_.span;
+      if (span.from.bin == kBins) continue;
+      const Kept most{span.from.bin, 0, -64.0f, bins_.sum(span.from.bin)};
+      if (!by_count && top_k == 0 && is_settled(span, most)) return most;
+      const auto selected = orders_.select(span.from.bin, span.last_bin, by_count, span.wanted);
       if (!selected.found) continue;
       kept.key = selected.key;
-      kept.bin = shared_.span.from.bin;
+      kept.bin = span.from.bin;
       kept.sum = sum_of(selected.kept);
       if (!by_count) continue;
       kept.bin = sampling::weigh(exponent_of(key_to_logit(selected.key), max_, scale_)).bin;
-      kept.sum += shared_.span.from.before - bins_.before(kept.bin).sum;
+      kept.sum += span.from.before - bins_.before(kept.bin).sum;
     }
     return kept;
   }
@@ -104,43 +117,21 @@ class Controller {
       order.least = fmaxf(order.least, kept.exponent);
       if (has_key(kept)) order.lowest = fmaxf(order.lowest, key_to_logit(kept.key));
     }
-    orders_.give();
-    meet<kThreads + 32>(kPassed);
-    // Lanes take stretches of the chunks' sums.
-    const int chunks = (part_.vectors + 31) / 32, stretch = (chunks + 31) / 32;
-    u64 mine = 0;
-#pragma unroll 1
-    for (int i = 0; i < stretch; ++i) {
-      const int chunk = static_cast<int>(lane()) * stretch + i;
-      mine += chunk < chunks ? cells_.chunk_sums[chunk] : 0;
+    // What a whole bin weighs here is known, and what min-p keeps of one.
+    order.told = bin != kept.bin || !has_key(kept);
+    const u64 own = shared_.own[bin == kept.bin ? kLeastEntry : bin];
+    if (order.told && lane() < exchange_.blocks) {
+      exchange_.send(lane(), shared_.parts + exchange_.rank, kParts, own);
     }
-    const u64 running = running_sum(mine), of_block = __shfl_sync(kAll, running, 31);
-    const u64 *parts = tell(of_block);
-    const u64 part = lane() < exchange_.blocks ? parts[lane()] : 0;
-    const u64 before = __shfl_sync(kAll, running_sum<kMaxBlocks>(part) - part, exchange_.rank);
-    writes_ = before < need && need - before <= of_block;
+    orders_.give();
+    exchange_.receive(kParts);
+    const u64 part = lane() < exchange_.blocks ? shared_.parts[lane()] : 0, parts = running_sum<kMaxBlocks>(part);
+    const uint32_t of_block = __ffs(__ballot_sync(kAll, lane() < exchange_.blocks && parts >= need)) - 1;
+    writes_ = of_block == exchange_.rank;
+    meet<kThreads + 32>(kPassed);
     if (!writes_) return {0, 0};
 
-    u64 left = need - before;
-    const int of_lane = __ffs(__ballot_sync(kAll, running >= left)) - 1;
-    left -= __shfl_sync(kAll, running - mine, of_lane);
-    int chunk = of_lane * stretch;
-    for (u64 sum; left > (sum = cells_.chunk_sums[chunk]); ++chunk) left -= sum;
-    const int v = chunk * 32 + static_cast<int>(lane());
-    uint32_t weight = 0;
-    if (v < part_.vectors) {
-      const Vec<T> vec = part_.vector(v);
-#pragma unroll
-      for (const T element : vec.value) weight += weight_in(order, to_float(element), max_, scale_);
-    }
-    const uint32_t within = running_part<32>(weight);
-    const int owner = __ffs(__ballot_sync(kAll, within >= left)) - 1;
-    left -= __shfl_sync(kAll, within - weight, owner);
-    // The vector's elements, one a lane.
-    const int at = __shfl_sync(kAll, v, owner);
-    const uint32_t m = weight_in(order, part_.logit(at, lane() % Vec<T>::kSize), max_, scale_);
-    const int element = __ffs(__ballot_sync(kAll, running_part<Vec<T>::kSize>(m) >= left)) - 1;
-    return {part_.token(at, element), __shfl_sync(kAll, m, element)};
+    return find_token(part_, shared_, cells_, need - __shfl_sync(kAll, parts - part, of_block), max_, scale_);
   }
 
   // Whether this block is the one to store the result.
@@ -165,14 +156,17 @@ class Controller {
 
   __device__ __forceinline__ static bool has_key(const Kept &kept) { return kept.key != 0 && kept.key != ~0u; }
 
-  template <uint32_t kOf>
-  __device__ __forceinline__ static uint32_t running_part(uint32_t value) {
-#pragma unroll
-    for (uint32_t offset = 1; offset < kOf; offset <<= 1) {
-      const uint32_t below = __shfl_up_sync(kAll, value, offset, kOf);
-      if (lane() % kOf >= offset) value += below;
-    }
-    return value;
+  // Whether the token's bin is the same, and none that a filter cuts, for all that top-p may keep: then it matters no
+  // more how much it keeps. most: the most that top-p may keep, of which min-p may take some.
+  __device__ __forceinline__ bool is_settled(const Span &span, const Kept &most) const {
+    if (least_bin_ < most.bin) return true;  // min-p's bin comes first
+    if (needs_total_) return false;
+    uint64_t of_bin = bin_mass(most.sum, most.bin);
+    if (least_bin_ == most.bin) of_bin = ::min(of_bin, bin_mass(shared_.bins[kBinEntries].sum, least_bin_));
+    const uint64_t before = span.from.before, fewest = before + ::min(of_bin, span.wanted);
+    const uint64_t first = mul_high(shared_.random.bin, fewest) + 1;
+    const uint64_t last = mul_high(shared_.random.bin, before + of_bin) + 1;
+    return last <= before && bins_.find_kept({}, first).bin == bins_.find_kept({}, last).bin;
   }
 
   // Every block's value, by rank. Once a row.
@@ -191,7 +185,8 @@ class Controller {
   Bins bins_;
   Orders<T, kThreads> orders_;
   float max_ = 0, scale_ = 0;
-  bool writes_;
+  uint32_t least_bin_ = kBins;  // where min-p ends
+  bool needs_total_, writes_;
 };
 
 }  // namespace gqa::cuda

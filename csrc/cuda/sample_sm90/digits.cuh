@@ -1,17 +1,10 @@
 // The workers' half of a round of select: the digits of the tokens asked for, added up and told to the cluster.
 #pragma once
 
-#include "cuda/sample_sm90/cluster_shared.cuh"
+#include "cuda/sample_sm90/exchange.cuh"
 #include "cuda/sample_sm90/part.cuh"
 
 namespace gqa::cuda {
-
-constexpr uint32_t kRow = kColumns * sizeof(uint32_t);
-
-// An address in shared memory as a number: computed in one step from the bits that hold a bin or a digit.
-__device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {
-  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value));
-}
 
 // Tokens that the order does not ask for go to a row that nobody reads: no branch, so that logits overlap.
 template <bool kByExponent, bool kCounts, typename T, int kThreads>
@@ -33,7 +26,9 @@ __device__ __forceinline__ void add_digits(const Part<T, kThreads> &part, const 
     if (kCounts) add_shared(sums + digit * kRow + sizeof(cells->select.sums), 1);
   };
   constexpr Many kIfMany = kByExponent && !kCounts ? Many::kUnrolled : Many::kRolled;
-  part.template for_each_near<kIfMany>({order.lowest, order.highest}, add, [](int) {});
+  const Window<T> window(order.lowest, order.highest);
+  const auto find = [&](const Vec<T> &vec) { return window.find(vec); };
+  part.template for_each_near<kIfMany>(find, add, [](int, auto) {});
 }
 
 // Eight threads a digit add its columns, leave zeros and tell the blocks.
@@ -47,10 +42,12 @@ __device__ __forceinline__ void share_digits(const Exchange &exchange, uint32_t 
   u64 word = u64{m.x} + m.y + (u64{m.z} + m.w) + (u64{n.x + n.y + n.z + n.w} << kCountShift);
 #pragma unroll
   for (int offset = 4; offset > 0; offset >>= 1) word += __shfl_xor_sync(kAll, word, offset);
-#pragma unroll 1
-  for (uint32_t to = quad; to < exchange.blocks; to += 8) {
-    exchange.send(to, cells->select.slots[slot][exchange.rank] + digit, kRound + slot, word);
-  }
+  // Neighbours send their two words at once, each to half of the blocks.
+  const u64 other = __shfl_xor_sync(kAll, word, 8);
+  const uint32_t odd = digit % 2, to = quad + odd * 8;
+  if (to >= exchange.blocks) return;
+  exchange.send(to, cells->select.slots[slot][exchange.rank] + digit - odd, kRound + slot, odd ? other : word,
+                odd ? word : other);
 }
 
 }  // namespace gqa::cuda

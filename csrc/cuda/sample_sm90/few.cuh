@@ -1,7 +1,7 @@
 // Where few tokens can be kept: one block has them sent to it, sorts them and decides alone.
 #pragma once
 
-#include "cuda/sample_sm90/cluster_shared.cuh"
+#include "cuda/sample_sm90/exchange.cuh"
 
 namespace gqa::cuda {
 

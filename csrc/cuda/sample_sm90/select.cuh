@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sample_sm90/bins.cuh"
-#include "cuda/sample_sm90/part.cuh"
+#include "cuda/sample_sm90/tally.cuh"
 
 namespace gqa::cuda {
 
@@ -20,11 +20,12 @@ __device__ __forceinline__ float most_of_bin(uint32_t bin) {
 template <typename T, int kThreads>
 class Orders {
  public:
-  __device__ Orders(const Exchange &exchange, Shared *shared, Cells *cells)
-      : exchange_(exchange), shared_(*shared), cells_(*cells) {}
+  __device__ Orders(const Exchange &exchange, Shared *shared, Cells *cells, const Tally *tally)
+      : exchange_(exchange), shared_(*shared), cells_(*cells), tally_(tally) {}
 
   __device__ __forceinline__ void set_scale(float max, float scale, float least) {
     max_ = max;
+    scale_ = scale;
     inverse_ = div(1.0f, scale);
     least_ = exponent_of(least, max, scale);
   }
@@ -75,7 +76,11 @@ class Orders {
     for (;;) {
       order.digits = digits;
       order.by_exponent = by_exponent;
-      give();
+      if (!by_count && digits.shift == 0 && order.within == kAll && is_counted(order)) {
+        tell_counts(order, digits.high);
+      } else {
+        give();
+      }
       const uint32_t slot = rounds_ % 2;
       exchange_.receive(kRound + slot, rounds_ / 2 % 2);
       if (lane() == 0) exchange_.expect(kRound + slot, exchange_.blocks * kDigits * 8);
@@ -116,6 +121,33 @@ class Orders {
   }
 
  private:
+  // Whether the tally answers the order by itself.
+  __device__ __forceinline__ bool is_counted(const Order &order) const {
+    if constexpr (kTallies<T, kThreads>)
+      return tally_->others <= kTallyOthers && have_cells(order.lowest, order.highest);
+    return false;
+  }
+
+  // One key a digit, from `high` down, two digits a lane: this block's part of the round, without the workers.
+  __device__ __forceinline__ void tell_counts(const Order &order, uint32_t high) const {
+    u64 words[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t key = (high - 2 * lane() - i) << kConstantBits<T>;
+      const float z =
+          key_to_logit(key >> 31 != 0 ? key : key | ((1u << kConstantBits<T>)-1));  // below 0 the rest is ones
+      const float t = exponent_of(z, max_, scale_);
+      const uint32_t offset = tally_offset(to_bits(z) >> 16);
+      const bool in = t >= order.least && t <= order.most && has_cell(offset);
+      words[i] = in ? u64{weigh_unchecked(t).m} * tally_->counts[cell_of(offset)] : 0;
+    }
+#pragma unroll 4
+    for (uint32_t to = 0; to < exchange_.blocks; ++to) {
+      exchange_.send(to, cells_.select.slots[rounds_ % 2][exchange_.rank] + 2 * lane(), kRound + rounds_ % 2, words[0],
+                     words[1]);
+    }
+  }
+
   // Logits a little beyond all that have an exponent up to `most`, or from `least`.
   __device__ __forceinline__ float highest_for(float most) const {
     return key_to_logit(min(key(add(max_, mul(mul(most, inverse_), 0.999998f))) + 2, kInfinityKey));
@@ -138,7 +170,8 @@ class Orders {
   const Exchange &exchange_;
   Shared &shared_;
   Cells &cells_;
-  float max_ = 0, inverse_ = 0, least_ = 0;
+  const Tally *tally_;
+  float max_ = 0, scale_ = 0, inverse_ = 0, least_ = 0;
   uint32_t rounds_ = 0;
 };
 

@@ -4,15 +4,10 @@
 #include "cuda/sample_sm90/bins.cuh"
 #include "cuda/sample_sm90/digits.cuh"
 #include "cuda/sample_sm90/few.cuh"
+#include "cuda/sample_sm90/histogram.cuh"
+#include "cuda/sample_sm90/pick.cuh"
 
 namespace gqa::cuda {
-
-// m of a token that the order asks for, else 0.
-__device__ __forceinline__ uint32_t weight_in(const Order &order, float z, float max, float scale) {
-  const float t = exponent_of(z, max, scale);
-  const uint32_t m = weigh_unchecked(t).m;
-  return t >= order.least && t <= order.most && z >= order.lowest ? m : 0;
-}
 
 template <typename T, int kThreads>
 class Worker {
@@ -20,8 +15,8 @@ class Worker {
   static_assert(kWarps >= kGroups && kThreads >= kBinEntries && kThreads >= kDigits * 8);
 
  public:
-  __device__ Worker(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells)
-      : exchange_(exchange), part_(part), shared_(*shared), cells_(*cells) {}
+  __device__ Worker(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells, Tally *tally)
+      : exchange_(exchange), part_(part), shared_(*shared), cells_(*cells), tally_(tally) {}
 
   // Leaves the largest and least key of each warp. read(meanwhile) fills the part.
   template <typename F>
@@ -31,6 +26,15 @@ class Worker {
 #pragma unroll 1
       for (int i = threadIdx.x; i < static_cast<int>(sizeof(Cells) / 16); i += kThreads) {
         cells[i] = make_uint4(0, 0, 0, 0);
+      }
+      if constexpr (kTallies<T, kThreads>) {
+        uint4 *counts = reinterpret_cast<uint4 *>(tally_->counts);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < static_cast<int>(sizeof(tally_->counts) / 16); i += kThreads) {
+          counts[i] = make_uint4(0, 0, 0, 0);
+        }
+        if (threadIdx.x == 0) tally_->others = 0;
+        meet<kThreads>(kWorkers);
       }
     };
     const u64 ends = max_of_halves(read(clear).ends());
@@ -47,18 +51,16 @@ class Worker {
 
   // The histogram, summed over the cluster.
   __device__ __forceinline__ void weigh_all(const Settings &s, float max) {
-    max_ = max;
     scale_ = s.scale;
-    if (max == INFINITY) settle_infinities();
-    if (s.least_exponent > -64.0f) {
-      add_weights<true>(s.least_exponent);
-    } else {
-      add_weights<false>(-64.0f);
-    }
+    Histogram<T, kThreads> histogram(&part_, &cells_, tally_, max, s.scale, s.least_exponent);
+    const bool counted = histogram.add_up();
+    max_ = histogram.max();
     meet<kThreads>(kWorkers);
-    scatter_sums(exchange_, s.least_exponent > -64.0f ? weigh(s.least_exponent).bin : kBinEntries, &shared_, &cells_);
-    const uint32_t groups = kGroups >> exchange_.log_blocks();
-    if (warp() < groups) gather_bins(exchange_, warp(), groups, &shared_);
+    scatter_sums(exchange_, s.least_exponent > -64.0f ? weigh(s.least_exponent).bin : kBinEntries, counted ? kLimb : 0,
+                 &shared_, &cells_);
+    if (counted && warp() == 0) histogram.count_edges();
+    announce<kThreads + 32>(kWeighed);
+    if (warp() < exchange_.groups()) gather_bins(exchange_, warp(), &shared_);
   }
 
   __device__ __forceinline__ void serve() {
@@ -81,7 +83,11 @@ class Worker {
         continue;
       }
       if (order.kind == Order::kPick) {
-        sum_chunks(order);
+        weigh_chunks(order);
+        if (!order.told) {
+          meet<kThreads>(kWorkers);
+          if (warp() == kWarps - 1) tell_picked();
+        }
       } else if (order.kind == Order::kCollect) {
         collect(order);
         announce<kThreads + 32>(kPassed);
@@ -96,35 +102,6 @@ class Worker {
   }
 
  private:
-  // Adds up the histogram. With kLeast the tokens below `least` in its bin go to a row of their own.
-  template <bool kLeast>
-  __device__ __forceinline__ void add_weights(float least) {
-    const uint32_t column = static_cast<uint32_t>(__cvta_generic_to_shared(&cells_.histogram[0][lane()]));
-    uint32_t nowhere = column + kNoRow * kRow, at_least = column + kLeastEntry * kRow;
-    asm("" : "+r"(nowhere), "+r"(at_least));  // else a row is chosen first and the column added after
-    const uint32_t least_row = kLeast ? column + weigh(least).bin * kRow : 0;
-    part_.for_each_vector([&](int, const Vec<T> &vec) {
-#pragma unroll
-      for (const T element : vec.value) {
-        const float t = mul(sub(to_float(element), max_), scale_);
-        const Weight weight = weigh_unchecked(t);
-        uint32_t row = column + weight.bin * kRow;
-        if (kLeast) row = row == least_row && t < least ? at_least : row;
-        add_shared(t >= -43.75f ? row : nowhere, weight.m);
-      }
-    });
-  }
-
-  // +inf becomes 0 and all else -inf: the same distribution.
-  __device__ __forceinline__ void settle_infinities() {
-    max_ = 0.0f;
-    part_.for_each_vector([&](int v, Vec<T> vec) {
-#pragma unroll
-      for (T &element : vec.value) element = from_float<T>(to_float(element) == INFINITY ? 0.0f : -INFINITY);
-      part_.replace(v, vec);
-    });
-  }
-
   // Sends the tokens asked for to the first block.
   __device__ __forceinline__ void collect(const Order &order) {
     const auto list = [&](float z, int v, int i) {
@@ -132,18 +109,33 @@ class Worker {
       const uint32_t at = atomicAdd(&shared_.listed, 1);
       exchange_.send(0, &cells_.few.sent[exchange_.rank][at], kList, listed_as(key(z), part_.token(v, i)));
     };
-    part_.template for_each_near<Many::kInTurn>({order.lowest, order.highest}, list, [](int) {});
+    const Window<T> window(order.lowest, order.highest);
+    const auto find = [&](const Vec<T> &vec) { return window.find(vec); };
+    part_.template for_each_near<Many::kInTurn>(find, list, [](int, auto) {});
   }
 
-  // The weights of each 32 vectors.
-  __device__ __forceinline__ void sum_chunks(const Order &order) {
+  // The weights of each 32 vectors and of each warp.
+  __device__ __forceinline__ void weigh_chunks(const Order &order) {
+    const uint32_t chunks = static_cast<uint32_t>(__cvta_generic_to_shared(cells_.select.chunks));
+    const Window<T> window(order.lowest, order.highest);
     uint32_t sum = 0;
+    const auto find = [&](const Vec<T> &vec) { return window.find(vec); };
     const auto add = [&](float z, int, int) { sum += weight_in(order, z, max_, scale_); };
-    part_.template for_each_near<Many::kUnrolled>({order.lowest, order.highest}, add, [&](int chunk) {
-      sum = __reduce_add_sync(kAll, sum);
-      if (lane() == 0) cells_.chunk_sums[chunk] = sum;
+    part_.template for_each_near<Many::kUnrolled>(find, add, [&](int chunk, auto all) {
+      if (all) sum = __reduce_add_sync(kAll, sum);
+      if (!all || lane() == 0) add_shared(chunks + chunk * sizeof(uint32_t), sum);
       sum = 0;
     });
+    __syncwarp();
+    const uint32_t at = warp() * part_.chunks_per_warp + lane();
+    sum = __reduce_add_sync(kAll, lane() < part_.chunks_per_warp ? cells_.select.chunks[at] : 0);
+    if (lane() == 0) shared_.of_warp[warp()] = sum;
+  }
+
+  // To all blocks, what may be picked here weighs.
+  __device__ __forceinline__ void tell_picked() const {
+    const u64 sum = sum_of_lanes(lane() < kWarps ? static_cast<uint32_t>(shared_.of_warp[lane()]) : 0);
+    if (lane() < exchange_.blocks) exchange_.send(lane(), shared_.parts + exchange_.rank, kParts, sum);
   }
 
   // Leaves the lowest index that holds the key, of each warp.
@@ -171,6 +163,7 @@ class Worker {
   Part<T, kThreads> part_;
   Shared &shared_;
   Cells &cells_;
+  Tally *tally_;
   float max_ = 0, scale_ = 0;
 };
 
