@@ -13,11 +13,9 @@ bool is_readable(const gqa_index &index) {
   return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
 }
 
-// Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them; as float32 where
-// they are adjusted.
+// Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them.
 int64_t part_bytes(const gqa_sample_params *p, int64_t blocks) {
-  const int64_t vector = 16 / (sampling::is_adjusted(*p) ? 4 : dtype_size(p->dtype));
-  return ceil_div(ceil_div(p->vocab + vector - 1, vector), blocks) * 16;
+  return sample_stretch(p, blocks) * kSampleClusterColumns * 16;
 }
 
 // Threads that hold logits: more where a block's part is large or it has an SM for itself.
@@ -28,9 +26,14 @@ int64_t workers_per_block(const gqa_sample_params *p, const gqa_device *device, 
   return alone || part > 56 * 1024 ? kSampleClusterMany : kSampleClusterFew;
 }
 
-int64_t cluster_memory(const gqa_sample_params *p, const gqa_device *device, int64_t blocks) {
-  const bool tallies = p->dtype == GQA_DTYPE_BFLOAT16 && workers_per_block(p, device, blocks) == kSampleClusterMany;
-  return kSampleClusterCells * int64_t{4} + (tallies ? kSampleTally : 0) + part_bytes(p, blocks);
+int64_t room(const gqa_device *device) { return device->max_shared_memory - kSampleClusterStatic; }
+
+// For logits that penalties make, where the others are held as they are: a word of eight bytes each. Few are enough,
+// as more are looked for again.
+int64_t extra_memory(const gqa_sample_params *p, const gqa_device *device, int64_t blocks) {
+  if (!sampling::has_penalties(*p) || sampling::is_widened(*p)) return 0;
+  const int64_t left = (room(device) - sample_cluster_memory(p, blocks)) / 16 * 16;
+  return std::clamp<int64_t>(left, kSampleExtras / 8 * 8, kSampleExtras * 8);
 }
 
 // Two blocks for a row, or one where rows are many and short.
@@ -48,7 +51,7 @@ int64_t blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
     if (more == 16 && device->num_sms < 112) break;
     if (part_bytes(p, more) >= 8 * 1024 && p->rows * more <= sure) blocks = more;
   }
-  while (blocks < 8 && cluster_memory(p, device, blocks) + kSampleClusterStatic > device->max_shared_memory) {
+  while (blocks < 8 && sample_cluster_memory(p, blocks) + extra_memory(p, device, blocks) > room(device)) {
     blocks = std::min<int64_t>(8, blocks * 2);
   }
   return blocks;
@@ -62,6 +65,16 @@ int64_t greedy_blocks_per_row(const gqa_sample_params *p, const gqa_device *devi
 }
 
 }  // namespace
+
+int64_t sample_stretch(const gqa_sample_params *p, int64_t blocks) {
+  const int64_t vector = 16 / (sampling::is_widened(*p) ? 4 : dtype_size(p->dtype));
+  return std::max<int64_t>(ceil_div(ceil_div(p->vocab + vector - 1, vector), blocks * kSampleClusterColumns), 2);
+}
+
+int64_t sample_cluster_memory(const gqa_sample_params *p, int64_t blocks) {
+  const int64_t pitch = sample_stretch(p, blocks) | 1;
+  return kSampleClusterCells * int64_t{4} + kSampleClusterTold * blocks + pitch * kSampleClusterColumns * 16;
+}
 
 gqa_status check_params(const gqa_sample_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
@@ -101,7 +114,7 @@ gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device,
     }
     const int64_t blocks = gqa::blocks_per_row(p, device);
     if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-    const int64_t shared_memory = gqa::cluster_memory(p, device, blocks);
+    const int64_t shared_memory = gqa::sample_cluster_memory(p, blocks) + gqa::extra_memory(p, device, blocks);
     const int64_t threads = gqa::workers_per_block(p, device, blocks) + 32;
     gqa::add_launch(plan, gqa::make_launch("sample", "sample_cluster", p->dtype, {p->rows * blocks}, {threads},
                                            shared_memory, static_cast<int32_t>(blocks)));

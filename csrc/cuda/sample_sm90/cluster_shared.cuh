@@ -13,7 +13,7 @@ using u64 = unsigned long long;
 
 constexpr uint32_t kAll = 0xffffffffu;
 constexpr int kMaxBlocks = 16;
-constexpr int kColumns = kSampleClusterColumns;
+constexpr int kColumns = kSampleClusterColumns;  // of a histogram: one a stretch of a block's part, and a lane
 constexpr int kBinEntries = kSampleClusterBins;
 constexpr int kGroups = 16;  // of bins, each summed by one warp
 constexpr int kGroupBins = kBinEntries / kGroups;
@@ -22,16 +22,19 @@ constexpr int kLeastEntry = kBinEntries - 1;  // after the bins, for the bin in 
 constexpr int kNoRow = kBinEntries;           // of the histogram: for tokens without mass
 constexpr int kDigits = 64;                   // of the key, told apart in one round of select
 constexpr int kDigitBits = 6;
-constexpr int kFew = 128;        // tokens that one block can sort out by itself
-constexpr int kMaxChunks = 384;  // of 32 vectors that a block's memory can hold
+constexpr int kFew = 128;  // tokens that one block can sort out by itself
+constexpr int kOfExtras = 31;
 constexpr uint32_t kRow = kColumns * sizeof(uint32_t);
-constexpr int kLimb = 18;        // bits of a product's lower part, where the histogram holds products in two
-constexpr int kCountShift = 40;  // a word counts above bit 40 and sums m below it
+constexpr int kCountShift = 40;  // a word counts above bit 40 and sums m below it,
+constexpr int kFlagShift = 59;   // and above that it says how many blocks have extras among those tokens
+constexpr uint32_t kExtraFlag = 1u << 20, kCountOfCell = kExtraFlag - 1;  // and so does a cell that counts
 static_assert(kGroups * kGroupBins == kBinEntries && kLeastEntry >= static_cast<int>(kBins));
 static_assert(kGroupBins <= 32 && kGroups <= 32);
 
 __device__ __forceinline__ uint64_t sum_of(u64 word) { return word & ((u64{1} << kCountShift) - 1); }
-__device__ __forceinline__ uint64_t count_of(u64 word) { return word >> kCountShift; }
+__device__ __forceinline__ uint64_t count_of(u64 word) {
+  return word << (64 - kFlagShift) >> (64 - kFlagShift + kCountShift);
+}
 
 // Of a group's bins, from its first to this one.
 struct alignas(16) Running {
@@ -42,14 +45,14 @@ struct alignas(16) Running {
 constexpr float kUnit = 0x1p23f;
 constexpr uint32_t kUnits = 0x4b000000u;
 
-// Digits of the key: (high - key) >> shift.
+// Digits of the key: (high - key) >> shift. Bits below those in which the row's type can differ are ones in `high`.
 struct Digits {
   uint32_t high, shift;
 };
 
 // A pass over the logits that the controller asks of the workers.
 struct Order {
-  enum Kind { kSelect, kPick, kCollect, kFirst } kind;
+  enum Kind { kSelect, kCollect, kFirst, kDone } kind;
   float least, most;      // exponents, both included
   float lowest, highest;  // logits, both included
   Digits digits;
@@ -57,7 +60,6 @@ struct Order {
   uint32_t within;     // by key: only tokens with this digit by exponent, or kAll
   uint32_t key;        // to look for
   bool by_exponent, counts, counts_above;  // count tokens by digit; and those above `most`
-  bool told;                               // of kPick: the block's sum is known to the cluster
 };
 
 // The bins in which a filter may end, the first and the last; wanted: up to there by count, else within them.
@@ -75,10 +77,9 @@ struct Shared {
   Running bins[kBinEntries + 1];  // the last: what min-p keeps of its bin
   u64 slots[kMaxSlots];           // [block][groups that this block sums][bin]
   u64 parts[kMaxBlocks];
-  u64 own[kBinEntries];  // of this block, each bin's sum; and what min-p keeps of its bin
   u64 ends[kMaxBlocks], numbers[kMaxBlocks];
-  u64 of_warp[32];  // ends, what is looked for, or what may be picked; of the ends the last is the controller's
-  uint32_t listed;  // tokens of this block
+  u64 of_warp[32];          // ends, or what is looked for; of the ends one is the controller's and one that of extras
+  uint32_t listed, extras;  // tokens of this block
   Settings settings;
   Random random;
   Span span;
@@ -86,25 +87,35 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSampleClusterStatic);
 
-// Dynamic shared memory ahead of the logits: the histogram, one column a lane. Once its sums are out, select and pick
-// use its rows.
-union Cells {
-  uint32_t histogram[kBinEntries + 1][kColumns];
-  struct {
-    uint32_t sums[kDigits + 1][kColumns], counts[kDigits + 1][kColumns];  // the last row for tokens to leave out
-    u64 slots[2][kMaxBlocks][kDigits];
-    uint32_t chunks[kMaxChunks];  // by 32 vectors, what may be picked weighs
-  } select;
-  struct {
-    uint32_t of_select[2 * (kDigits + 1)][kColumns];
-    u64 sent[kMaxBlocks][kFew], list[kFew], sorted[kFew], masses[kFew];
-    uint32_t m[kFew], bins[kFew], sums[kFew];
-  } few;
+// Dynamic shared memory ahead of what the blocks tell of digits, and of the logits. Sums of m, or numbers of tokens: a
+// row a bin or a digit, a column a stretch, so that they say where a token lies. The list needs no histogram.
+struct Cells {
+  union {
+    uint32_t histogram[kBinEntries + 1][kColumns];
+    struct {
+      u64 sent[kMaxBlocks][kFew], list[kFew], sorted[kFew], masses[kFew];
+      uint32_t m[kFew], bins[kFew], sums[kFew];
+    } few;
+  };
+  uint32_t sums[kDigits + 1][kColumns], counts[kDigits + 1][kColumns];  // the last row for tokens to leave out
+
+  // What a block told in a round that uses this slot.
+  __device__ __forceinline__ u64 *told(uint32_t slot, uint32_t blocks, uint32_t rank) {
+    return reinterpret_cast<u64 *>(this + 1) + (slot * blocks + rank) * kDigits;
+  }
 };
-static_assert(sizeof(Cells) == kSampleClusterCells * sizeof(uint32_t));
+static_assert(sizeof(Cells) == kSampleClusterCells * sizeof(uint32_t) &&
+              kSampleClusterTold == 2 * kDigits * sizeof(u64));
 
 __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ uint32_t warp() { return threadIdx.x / 32; }
+
+// The lane's word. Its address is worked out anew: kept for the next time it would cost a register throughout.
+__device__ __forceinline__ u64 own_word(const u64 *words) {
+  uint32_t at = lane();
+  asm volatile("" : "+r"(at));
+  return words[at];
+}
 
 template <uint32_t kLanes = 32>
 __device__ __forceinline__ u64 running_sum(u64 value) {
@@ -132,7 +143,7 @@ __device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {
 }
 
 // Named barriers of the block.
-enum Meeting { kOrdered = 1, kWorkers, kPassed, kSummed, kWeighed };
+enum Meeting { kOrdered = 1, kWorkers, kPassed, kWeighed };
 
 template <int kThreads>
 __device__ __forceinline__ void meet(Meeting meeting) {

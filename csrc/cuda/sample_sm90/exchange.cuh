@@ -22,15 +22,13 @@ class Exchange {
   __device__ __forceinline__ uint32_t most_groups() const { return place_of(kGroups - 1) + 1; }
   __device__ __forceinline__ uint32_t groups() const { return place_of(kGroups - 1 - rank) + 1; }
 
-  // For one thread; the cluster's barrier must come between it and the first push.
-  __device__ void open() const {
-    const uint32_t word = blocks * 8, of_groups = groups() * kGroupBins * word, bins = (kBinEntries + 1) * 16;
-    const uint32_t bytes[kList] = {word, word, of_groups, bins, word, kDigits * word, kDigits * word};
-#pragma unroll
-    for (int i = 0; i < kMessages; ++i) {
-      mbarrier_init(barrier(i), 1);
-      if (i < kList) mbarrier_arrive_expect(barrier(i), bytes[i]);
-    }
+  // For one warp; the cluster's barrier must come between it and the first push.
+  __device__ __forceinline__ void open() const {
+    const uint32_t word = blocks * 8, i = threadIdx.x % 32;
+    uint32_t bytes = i < kRound ? word : kDigits * word;  // of ends, numbers and parts
+    bytes = i == kScatter ? groups() * kGroupBins * word : (i == kGather ? (kBinEntries + 1) * 16 : bytes);
+    if (i < kMessages) mbarrier_init(barrier(i), 1);
+    if (i < kList) mbarrier_arrive_expect(barrier(i), bytes);
     mbarrier_fence_init();
   }
 
@@ -40,8 +38,10 @@ class Exchange {
          map_to_rank(barrier(message), to));
   }
 
+  // Shared memory is all that is read of others: no cache has to forget what it holds, as for an acquire by the
+  // cluster.
   __device__ __forceinline__ void receive(int message, uint32_t parity = 0) const {
-    mbarrier_wait_cluster(barrier(message), parity);
+    mbarrier_wait(barrier(message), parity);
   }
 
   // For one thread.

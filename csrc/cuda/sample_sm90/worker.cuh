@@ -5,9 +5,15 @@
 #include "cuda/sample_sm90/digits.cuh"
 #include "cuda/sample_sm90/few.cuh"
 #include "cuda/sample_sm90/histogram.cuh"
-#include "cuda/sample_sm90/pick.cuh"
 
 namespace gqa::cuda {
+
+template <int kThreads, int kRows>
+__device__ __forceinline__ void clear_cells(uint32_t (&cells)[kRows][kColumns]) {
+  uint4 *quads = reinterpret_cast<uint4 *>(cells);
+#pragma unroll 2
+  for (int i = threadIdx.x; i < kRows * kColumns / 4; i += kThreads) quads[i] = make_uint4(0, 0, 0, 0);
+}
 
 template <typename T, int kThreads>
 class Worker {
@@ -15,29 +21,12 @@ class Worker {
   static_assert(kWarps >= kGroups && kThreads >= kBinEntries && kThreads >= kDigits * 8);
 
  public:
-  __device__ Worker(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells, Tally *tally)
-      : exchange_(exchange), part_(part), shared_(*shared), cells_(*cells), tally_(tally) {}
+  __device__ Worker(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells)
+      : exchange_(exchange), part_(part), shared_(*shared), cells_(*cells) {}
 
-  // Leaves the largest and least key of each warp. read(meanwhile) fills the part.
-  template <typename F>
-  __device__ __forceinline__ void load(F &&read) {
-    const auto clear = [&] {
-      uint4 *cells = reinterpret_cast<uint4 *>(&cells_);
-#pragma unroll 1
-      for (int i = threadIdx.x; i < static_cast<int>(sizeof(Cells) / 16); i += kThreads) {
-        cells[i] = make_uint4(0, 0, 0, 0);
-      }
-      if constexpr (kTallies<T, kThreads>) {
-        uint4 *counts = reinterpret_cast<uint4 *>(tally_->counts);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < static_cast<int>(sizeof(tally_->counts) / 16); i += kThreads) {
-          counts[i] = make_uint4(0, 0, 0, 0);
-        }
-        if (threadIdx.x == 0) tally_->others = 0;
-        meet<kThreads>(kWorkers);
-      }
-    };
-    const u64 ends = max_of_halves(read(clear).ends());
+  // Leaves the largest and least key of each warp.
+  __device__ __forceinline__ void tell_ends(u64 ends) {
+    ends = max_of_halves(ends);
     if (lane() == 0) shared_.of_warp[warp()] = ends;
   }
 
@@ -45,22 +34,33 @@ class Worker {
   __device__ __forceinline__ void find_numbers() {
     uint32_t largest = 0;
     for_each_token([&](int, float z) { largest = max(largest, key(z)); });
-    const u64 ends = max_of_halves(ends_of(largest, 0));
-    if (lane() == 0) shared_.of_warp[warp()] = ends;
+    tell_ends(ends_of(largest, 0));
   }
 
   // The histogram, summed over the cluster.
   __device__ __forceinline__ void weigh_all(const Settings &s, float max) {
     scale_ = s.scale;
-    Histogram<T, kThreads> histogram(&part_, &cells_, tally_, max, s.scale, s.least_exponent);
-    const bool counted = histogram.add_up();
-    max_ = histogram.max();
+    max_ = max;
+    if (max == INFINITY) {
+      settle_infinities(&part_);
+      max_ = 0.0f;
+    }
+    const float least = s.least_exponent;
+    if (least > -64.0f) {
+      add_weights<true>(part_, &cells_, max_, scale_, least);
+    } else {
+      add_weights<false>(part_, &cells_, max_, scale_, least);
+    }
     meet<kThreads>(kWorkers);
-    scatter_sums(exchange_, s.least_exponent > -64.0f ? weigh(s.least_exponent).bin : kBinEntries, counted ? kLimb : 0,
-                 &shared_, &cells_);
-    if (counted && warp() == 0) histogram.count_edges();
+    scatter_sums(exchange_, least > -64.0f ? weigh(least).bin : kBinEntries, &shared_, cells_);
     announce<kThreads + 32>(kWeighed);
-    if (warp() < exchange_.groups()) gather_bins(exchange_, warp(), &shared_);
+    // The last warps are the first to be done.
+    const uint32_t groups = exchange_.groups(), of_each = groups * 4 <= kWarps ? 4 : 1, from_last = kWarps - 1 - warp();
+    if (from_last < groups * of_each) {
+      gather_bins(exchange_, from_last / of_each, from_last % of_each, of_each, &shared_);
+    }
+    clear_cells<kThreads>(cells_.sums);
+    clear_cells<kThreads>(cells_.counts);
   }
 
   __device__ __forceinline__ void serve() {
@@ -78,17 +78,12 @@ class Worker {
         } else {
           order.by_exponent ? add(yes, no) : add(no, no);
         }
-        meet<kThreads>(kWorkers);
+        meet<kThreads + 32>(kPassed);
         share_digits(exchange_, round % 2, &cells_);
         continue;
       }
-      if (order.kind == Order::kPick) {
-        weigh_chunks(order);
-        if (!order.told) {
-          meet<kThreads>(kWorkers);
-          if (warp() == kWarps - 1) tell_picked();
-        }
-      } else if (order.kind == Order::kCollect) {
+      if (order.kind == Order::kDone) return;
+      if (order.kind == Order::kCollect) {
         collect(order);
         announce<kThreads + 32>(kPassed);
         if (exchange_.rank != 0) return;
@@ -111,31 +106,8 @@ class Worker {
     };
     const Window<T> window(order.lowest, order.highest);
     const auto find = [&](const Vec<T> &vec) { return window.find(vec); };
-    part_.template for_each_near<Many::kInTurn>(find, list, [](int, auto) {});
-  }
-
-  // The weights of each 32 vectors and of each warp.
-  __device__ __forceinline__ void weigh_chunks(const Order &order) {
-    const uint32_t chunks = static_cast<uint32_t>(__cvta_generic_to_shared(cells_.select.chunks));
-    const Window<T> window(order.lowest, order.highest);
-    uint32_t sum = 0;
-    const auto find = [&](const Vec<T> &vec) { return window.find(vec); };
-    const auto add = [&](float z, int, int) { sum += weight_in(order, z, max_, scale_); };
-    part_.template for_each_near<Many::kUnrolled>(find, add, [&](int chunk, auto all) {
-      if (all) sum = __reduce_add_sync(kAll, sum);
-      if (!all || lane() == 0) add_shared(chunks + chunk * sizeof(uint32_t), sum);
-      sum = 0;
-    });
-    __syncwarp();
-    const uint32_t at = warp() * part_.chunks_per_warp + lane();
-    sum = __reduce_add_sync(kAll, lane() < part_.chunks_per_warp ? cells_.select.chunks[at] : 0);
-    if (lane() == 0) shared_.of_warp[warp()] = sum;
-  }
-
-  // To all blocks, what may be picked here weighs.
-  __device__ __forceinline__ void tell_picked() const {
-    const u64 sum = sum_of_lanes(lane() < kWarps ? static_cast<uint32_t>(shared_.of_warp[lane()]) : 0);
-    if (lane() < exchange_.blocks) exchange_.send(lane(), shared_.parts + exchange_.rank, kParts, sum);
+    part_.template for_each_near<Many::kInTurn>(part_.walk(), find, list);
+    part_.for_each_extra([&](float z, int v, int i, uint32_t) { list(z, v, i); });
   }
 
   // Leaves the lowest index that holds the key, of each warp.
@@ -157,13 +129,13 @@ class Worker {
         if (part_.is_token(token)) f(token, part_.logit(v, i));
       }
     });
+    part_.for_each_extra([&](float z, int v, int i, uint32_t) { f(part_.token(v, i), z); });
   }
 
   const Exchange &exchange_;
   Part<T, kThreads> part_;
   Shared &shared_;
   Cells &cells_;
-  Tally *tally_;
   float max_ = 0, scale_ = 0;
 };
 
