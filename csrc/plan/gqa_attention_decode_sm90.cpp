@@ -22,7 +22,7 @@ constexpr float kFair = 1.1f;      // of an SM's part of all keys: equal sequenc
 constexpr int64_t kInvariantBlocks = 8;
 
 std::atomic<int32_t> kernel_override{0};
-enum Override { kAutomatic, kPortable, kSm90 };
+enum Override { kAutomatic, kPortable };
 
 int64_t query_rows(const gqa_attention_params *p) { return p->seqlen_q * (p->num_q_heads / p->num_kv_heads); }
 int64_t pairs(const gqa_attention_params *p) { return p->batch * p->num_kv_heads; }
