@@ -266,14 +266,14 @@ def test_sample_on_hopper_holds_the_row_in_a_cluster(vocab: int, dtype: torch.dt
         assert greedy["grid"][0] // rows in (1, 2, 4, 8, 16) and greedy["grid"][0] % rows == 0
         (portable,) = plan_for(A100, "sample", logits, top_p=0.9)["launches"]
         assert portable["kernel"] == "sample_row" and tuple(portable["grid"]) == (rows, 1, 1)
-    assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 8, 16}
-    assert vocab < 128256 or blocks[:4] == [16, 16, 8, 8]
+    assert blocks == sorted(blocks, reverse=True) and set(blocks) <= {1, 2, 4, 6, 8, 16}
+    assert vocab < 128256 or (blocks[:3] == [16, 16, 8] and blocks[3] in (6, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("vocab", [1, 1000, 128256, 1 << 18])
-def test_sample_on_hopper_holds_adjusted_rows_as_float32(vocab: int, dtype: torch.dtype) -> None:
-    """With penalties, a bias or a bitmask; counts that no penalty looks at are none of it."""
+def test_sample_on_hopper_holds_adjusted_rows(vocab: int, dtype: torch.dtype) -> None:
+    """As float32 with a bias, else as what they are; counts that no penalty looks at are none of it."""
     one = torch.ones(())
     for rows in (1, 16, 64, 1000):
         logits = torch.zeros(1, vocab, dtype=dtype).expand(rows, vocab)
@@ -289,7 +289,8 @@ def test_sample_on_hopper_holds_adjusted_rows_as_float32(vocab: int, dtype: torc
             (launch,) = plan_for(H200, "sample", logits, temperature=0.0, **options)["launches"]
             assert launch["kernel"] == "sample_cluster"
             held = launch["shared_memory"] * launch["grid"][0] // rows
-            assert held > 4 * vocab and launch["shared_memory"] + 11 * 1024 <= H200["max_shared_memory"]
+            size = 4 if "logit_bias" in options else dtype.itemsize
+            assert held > size * vocab and launch["shared_memory"] + 11 * 1024 <= H200["max_shared_memory"]
             (portable,) = plan_for(A100, "sample", logits, **options)["launches"]
             assert portable["kernel"] == "sample_row"
 
