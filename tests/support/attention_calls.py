@@ -29,7 +29,7 @@ _COMMON: dict[str, list[Any]] = {
     "return_lse": [True, False],
 }
 
-DECODE_CALLS = pairwise(_COMMON)
+DECODE_CALLS = pairwise({**_COMMON, "static_prefix": [False, True]})
 PREFILL_CALLS = pairwise({"cache": [True, False], "ragged": [False, True], "causal": [True, False], **_COMMON})
 
 
@@ -81,8 +81,8 @@ def make_call(
         case, guard, cache, ragged=combination.get("ragged", False), gathered=combination["rotary"] == "gathered"
     )
     keywords["return_lse"] = combination["return_lse"]
-    for name in ("num_splits", "batch_invariant"):
-        if combination[name]:
+    for name in ("num_splits", "batch_invariant", "static_prefix"):
+        if combination.get(name):
             keywords[name] = combination[name]
     if op == "gqa_attention_prefill":
         keywords["causal"] = combination["causal"]
