@@ -56,6 +56,7 @@ def group_lines(index: int, title: str, found: list[tuple[float, str]]) -> list[
 def render() -> str:
     results = {group: json.loads((RESULTS / f"nvidia-h200-{group}.json").read_text()) for group in TITLES}
     about = results["decode"]
+    commits = ", ".join(dict.fromkeys(result["commit"][:10] for result in results.values()))
     bottom = TOP + ROW * len(TITLES)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + 30} {bottom + 74}" font-size="13"'
@@ -74,10 +75,10 @@ def render() -> str:
         lines += group_lines(index, title, dots(results[group]["rows"]))
     lines.append(
         f'<text x="10" y="{bottom + 44}" class="note">{escape(about["gpu"])}, torch {escape(about["torch"])}, '
-        f"{about['date'][:10]}, commit {about['commit'][:10]}</text>"
+        f"{about['date'][:10]}, commit {commits}</text>"
     )
     lines.append(
-        f'<text x="10" y="{bottom + 60}" class="note">peers: SDPA (cuDNN, flash) · torch.compile, torch eager · '
-        "sort and argmax of torch · transformers unpatched</text>"
+        f'<text x="10" y="{bottom + 60}" class="note">peers: FlashAttention-3, SDPA (cuDNN, flash) · '
+        "torch.compile, torch eager · sort and argmax of torch · transformers unpatched</text>"
     )
     return "\n".join([*lines, "</svg>"]) + "\n"

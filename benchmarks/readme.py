@@ -55,22 +55,26 @@ def model_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def path_of(group: str) -> Path:
+    return RESULTS / f"nvidia-h200-{group}.json"
+
+
 def render() -> str:
     """The README's part between the markers, markers included."""
-    lines: list[str] = []
-    for group, title in {**TITLES, "model": "HuggingFace generate(), batch 1, random weights"}.items():
-        path = RESULTS / f"nvidia-h200-{group}.json"
-        if not path.exists():
-            continue
-        result = json.loads(path.read_text())
-        if not lines:
-            lines = [
-                f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit'][:10]}, "
-                f"by `{result['command']}`. Kernel times are of CUDA graphs over rotating inputs; every result was "
-                "checked against float32 before it was timed.",
-                "",
-            ]
-        lines += [title + ":", "", *(model_table if group == "model" else table)(result["rows"]), ""]
+    titles = {**TITLES, "model": "Whole models with random weights"}
+    results = {group: json.loads(path_of(group).read_text()) for group in titles if path_of(group).exists()}
+    runs: dict[str, list[str]] = {}
+    for group, result in results.items():
+        about = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit'][:10]}"
+        runs.setdefault(about, []).append(group)
+    where = "; ".join(f"{' '.join(groups)}: {about}" for about, groups in runs.items())
+    lines = [
+        f"By `python -m benchmarks` on an H200 ({where}). Kernel times are of CUDA graphs over rotating inputs; every "
+        "result was checked against float32 before it was timed.",
+        "",
+    ]
+    for group, result in results.items():
+        lines += [titles[group] + ":", "", *(model_table if group == "model" else table)(result["rows"]), ""]
     return BEGIN + "\n" + "\n".join(lines) + END
 
 

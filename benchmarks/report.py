@@ -122,12 +122,11 @@ def _cpu_name() -> str:
 
 
 def circumstances(device: str, reader: str, commit: str | None = None) -> dict[str, Any]:
-    """Where and how the numbers came to be."""
+    """Where and how the numbers came to be. Which files were changed is known where git knows the commit."""
     found: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks", *_without_out(sys.argv[1:])]),
         "commit": commit or _output("git", "rev-parse", "HEAD"),
-        "changed_files": (_output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": _cpu_name(),
@@ -135,6 +134,8 @@ def circumstances(device: str, reader: str, commit: str | None = None) -> dict[s
         "read_floor": reader,
         "data": "randn",
     }
+    if commit is None:
+        found["changed_files"] = (_output("git", "status", "--porcelain", "--untracked-files=no") or "").splitlines()
     if device == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found |= {

@@ -23,7 +23,10 @@ PROMISES = {
         "keep their bytes",
         (ATTENTION + "memory", "kv_cache_append", "rope"),
     ),
-    7: ("tensors and strides above 2^31 elements are right", (ATTENTION + "large", "rope", "residual_add", "swiglu")),
+    7: (
+        "tensors and strides above 2^31 elements are right",
+        (ATTENTION + "large", "large_and_repeated", "rope", "swiglu"),
+    ),
     8: (
         "a NaN reaches exactly the rows that see it, and is never hidden",
         (ATTENTION + "memory", "merge_attention_states", "rmsnorm"),
@@ -44,7 +47,7 @@ PROMISES = {
     ),
     14: (
         "the same call gives the same bytes, beside other traffic on the device too",
-        (ATTENTION + "graphs", ATTENTION + "numerics"),
+        (ATTENTION + "graphs", ATTENTION + "numerics", "large_and_repeated"),
     ),
     15: (
         "with `batch_invariant=True` a row's bytes do not depend on the batch around it",
@@ -76,7 +79,10 @@ PROMISES = {
         "captured in a CUDA graph once, replays with other values and lengths equal eager calls",
         ("every_op", ATTENTION + "graphs"),
     ),
-    24: ("calls run on the current stream, behind what is queued there", (ATTENTION + "graphs",)),
+    24: (
+        "calls run on the current stream, behind what is queued there, on any device, from any thread",
+        (ATTENTION + "graphs", "devices"),
+    ),
     25: ("memory stays flat over thousands of calls", ("every_op", "hf_cache")),
     26: ("compute-sanitizer finds nothing, and does find a planted fault", ("sanitizers",)),
     27: (

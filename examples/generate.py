@@ -7,7 +7,7 @@
     python examples/generate.py --model meta-llama/Llama-3.2-1B --prompt "The capital of France is" --dtype bfloat16
         continues prompts of your own; the differences are shown, the exit status is 0
 
-Greedy, unless one of --temperature --top-k --top-p --min-p is given: then gqa_kernels.sample picks the tokens, and
+Greedy, unless one of --temperature --top-k --top-p --min-p is given: then GqaSampler draws the tokens, and
 hf.generate, which gives each prompt a random stream of its own, picks others.
 """
 
@@ -22,12 +22,10 @@ from typing import Any
 
 import torch
 from addition import CHECKPOINT, answer_of, prompt_of, some_held_out_pairs
-from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -40,19 +38,6 @@ SUM_COUNT = 48
 SUM_SEED = 1
 NEEDED_SHARE = 0.95
 WARM_UP_TOKENS = 2  # a prefill and a decode step
-
-
-class KernelSampler(LogitsProcessor):
-    """Our sampler as generate()'s step from logits to a token: all but the sampled token become -inf."""
-
-    def __init__(self, temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> None:
-        self.settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-        self.steps = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens = gqa_kernels.sample(scores, **self.settings, offset=self.steps)
-        self.steps += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 @dataclass
@@ -86,7 +71,7 @@ class Generator:
                 **self.inputs,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=LogitsProcessorList([KernelSampler(**sampling)] if sampling else []),
+                logits_processor=LogitsProcessorList([gqa_kernels.hf.GqaSampler(**sampling)] if sampling else []),
                 # The sampler leaves one finite logit, so the greedy pick is its token. The rest overrides what a
                 # checkpoint's own generation_config may ask for.
                 do_sample=False,

@@ -10,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gqa_kernels
 from gqa_kernels import rope, rope_tables
+from gqa_kernels._library import C
 from gqa_kernels.compat import flash_attn
 from gqa_kernels.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from gqa_kernels.explain import H200
+
+pytestmark = pytest.mark.abi
 
 COMMON = {"softmax_scale": None, "causal": False, "window_size": (-1, -1), "attention_chunk": 0, "softcap": 0.0}
 DESCALES = {"qv": None, "q_descale": None, "k_descale": None, "v_descale": None}
@@ -42,6 +47,31 @@ POSITIONAL = {
 
 def random(*shape: int, device: str) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(device)
+
+
+def test_defaults_take_the_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-3's default of one split is not a wish for another kernel."""
+    kernels = []
+    for name in ("gqa_attention_prefill", "gqa_attention_decode"):
+        monkeypatch.setattr(
+            flash_attn, name, lambda *args, op=name, **options: kernels.append(plan_of(op, args, options)) or args[0]
+        )
+    q, k, v = (torch.empty(2, 512, heads, 128, dtype=torch.bfloat16) for heads in (32, 8, 8))
+    offsets = torch.tensor([0, 512, 1024], dtype=torch.int32)
+    flash_attn_func(q, k, v, causal=True)
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    flash_attn_varlen_func(*packed, offsets, offsets, 512, 512, causal=True)
+    flash_attn_with_kvcache(q[:, :1], k, v, cache_seqlens=torch.full((2,), 512, dtype=torch.int32))
+    assert kernels == ["prefill_wgmma", "prefill_wgmma", "decode_ring"]
+
+
+def plan_of(op: str, args: tuple[Any, ...], options: dict[str, Any]) -> str:
+    C.explain_begin("cuda", *H200.values())
+    try:
+        getattr(gqa_kernels, op)(*args, **options)
+    finally:
+        plans = C.explain_end()
+    return plans[0]["launches"][-1]["kernel"]
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, window: tuple[int, int] = (-1, -1)) -> Tensor:

@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import gqa_kernels
 from gqa_kernels.hf.cache import GrowingLayer, GrowingSlidingLayer
 
+pytestmark = pytest.mark.abi
+
 
 def states(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, 2, tokens, 4), torch.randn(batch, 2, tokens, 4)

@@ -16,6 +16,8 @@ from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 import gqa_kernels
 
+pytestmark = pytest.mark.abi
+
 Run = Callable[[LlamaForCausalLM], Tensor]
 
 

@@ -33,7 +33,9 @@ def expected_tokens(model: PreTrainedModel, prompt: dict[str, Tensor], **options
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(device: str, family: str, prompt: str) -> None:
     model, inputs = shared_model(family, device), make_prompt(device, PROMPTS[prompt])
-    assert torch.equal(generate(model, **inputs, max_new_tokens=64), expected_tokens(model, inputs))
+    tokens = 230 if family.startswith("phi") else 256  # short of the switch of longrope
+    expected = expected_tokens(model, inputs, max_new_tokens=tokens)
+    assert torch.equal(generate(model, **inputs, max_new_tokens=tokens), expected)
 
 
 def test_long_sequences(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import weakref
 from typing import Any
 
@@ -17,16 +18,15 @@ import gqa_kernels
 from gqa_kernels.hf import generate, release
 from gqa_kernels.hf.generation import graphs
 
+pytestmark = pytest.mark.abi
+
 SAMPLING: list[dict[str, Any]] = [
     {},
     {"temperature": 0.7, "top_p": 0.9},
     {"temperature": 1.5, "top_k": 20, "min_p": 0.02, "repetition_penalty": 1.3},
 ]
 IDS = ["plain", "top-p", "all"]
-
-
-def first_of_each(tokens: Tensor, start: int, index: int) -> list[int]:
-    return tokens[:, start + index].tolist()
+LONG_RUN = 1000  # steps
 
 
 @pytest.mark.parametrize("check_every", [1, 5, 16])
@@ -205,13 +205,13 @@ def test_calls_that_are_refused(device: str) -> None:
 
 
 class Recorder:
-    def __init__(self, fail_at: int = -1) -> None:
+    def __init__(self, fail_at: int = -1, error: type[BaseException] = KeyboardInterrupt) -> None:
         self.values: list[Tensor] = []
-        self.fail_at, self.ended = fail_at, False
+        self.fail_at, self.error, self.ended = fail_at, error, False
 
     def put(self, value: Tensor) -> None:
         if len(self.values) == self.fail_at:
-            raise KeyboardInterrupt
+            raise self.error
         assert value.device.type == "cpu"
         self.values.append(value)
 
@@ -243,13 +243,14 @@ def test_text_streamer(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.split() == [str(token) for token in tokens[0, 5:].tolist()]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("fail_at", [0, 1, 7])
-def test_interrupted(device: str, fail_at: int) -> None:
+def test_interrupted(device: str, fail_at: int, error: type[BaseException]) -> None:
     """The next call knows nothing of it."""
     model, inputs = make_llama(device), make_prompt(device, [11, 4])
     expected = generate(model, **inputs, max_new_tokens=30)
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, **inputs, max_new_tokens=30, streamer=Recorder(fail_at), check_every=4)
+    with pytest.raises(error):
+        generate(model, **inputs, max_new_tokens=30, streamer=Recorder(fail_at, error), check_every=4)
     assert torch.equal(generate(model, **inputs, max_new_tokens=30), expected)
 
 
@@ -283,12 +284,12 @@ def test_what_is_kept(device: str) -> None:
 
 
 def test_long_runs_keep_their_memory_and_never_wait(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 further steps: no byte more, and no synchronisation between two looks at the tokens."""
+    """1000 further steps: no byte more, and no synchronisation between two looks at the tokens."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    model, inputs = make_llama(gpu, torch.bfloat16), make_prompt(gpu, [11, 4])
-    options = {"do_sample": True, "top_p": 0.9, "seed": 1, "check_every": 300}
+    model = make_llama(gpu, torch.bfloat16, max_position_embeddings=2048)
+    inputs, options = make_prompt(gpu, [11, 4]), {"do_sample": True, "top_p": 0.9, "seed": 1, "check_every": 1100}
     generate(model, **inputs, max_new_tokens=2, **options)
-    generate(model, **inputs, max_new_tokens=250, **options)
+    generate(model, **inputs, max_new_tokens=1010, **options)
     replay, memory = torch.cuda.CUDAGraph.replay, []
 
     def watched(graph: torch.cuda.CUDAGraph) -> None:
@@ -299,21 +300,30 @@ def test_long_runs_keep_their_memory_and_never_wait(gpu: str, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", watched)
     torch.cuda.set_sync_debug_mode("default")
     try:
-        session = _watched_session(model, inputs, options)
+        drawn, on_host = _watched_session(model, inputs, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert session == 200 and len(memory) >= 200 and len(set(memory)) == 1
+    assert drawn == LONG_RUN and len(memory) >= LONG_RUN and len(set(memory)) == 1
+    assert on_host[1] - on_host[0] < 4 << 20
 
 
-def _watched_session(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> int:
+def _watched_session(model: Any, inputs: dict[str, Tensor], options: dict[str, Any]) -> tuple[int, tuple[int, int]]:
+    """Tokens drawn, and the peak of the process's memory in bytes after a tenth of the steps and after all."""
     from gqa_kernels.hf.generation.drawing import Settings
     from gqa_kernels.hf.generation.generate import session_of
 
     settings = Settings(True, options["seed"], top_p=options["top_p"])
-    with session_of(model, inputs["input_ids"], inputs["attention_mask"], settings, 201) as session:
-        for _ in range(200):
+    with session_of(model, inputs["input_ids"], inputs["attention_mask"], settings, LONG_RUN + 1) as session:
+        for _ in range(LONG_RUN // 10):
             session.step()
-        return session.drawn - 1
+        before = _peak_bytes()
+        for _ in range(LONG_RUN - LONG_RUN // 10):
+            session.step()
+        return session.drawn - 1, (before, _peak_bytes())
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_calls_on_several_streams(gpu: str) -> None:

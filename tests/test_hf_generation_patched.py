@@ -25,6 +25,8 @@ from transformers import (
 import gqa_kernels
 from gqa_kernels.hf.generation import graphs
 
+pytestmark = pytest.mark.abi
+
 FAMILIES = ["llama", "mistral", "qwen2 sliding", "qwen3", "phi4"]
 
 
@@ -180,6 +182,28 @@ def test_streamer(device: str, sample: bool) -> None:
         generate(model, inputs, streamer=ours, **options)
     assert len(ours.values) == len(theirs.values)
     assert all(torch.equal(a, b) for a, b in zip(ours.values, theirs.values))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("fail_at", [0, 1, 7])
+def test_interrupted(device: str, fail_at: int, error: type[BaseException]) -> None:
+    """The next call knows nothing of it."""
+
+    class Failing:
+        calls = 0
+
+        def put(self, value: Tensor) -> None:
+            self.calls += 1
+            if self.calls > fail_at:
+                raise error
+
+    model, inputs = make_llama(device), make_prompt(device, [11, 4])
+    expected = generate(model, inputs)[0]
+    with gqa_kernels.patched(model) as report:
+        with pytest.raises(error):
+            generate(model, inputs, streamer=Failing())
+        assert torch.equal(generate(model, inputs)[0], expected)
+    assert not report.own_loops
 
 
 def test_inside_another_generation(device: str) -> None:

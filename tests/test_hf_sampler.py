@@ -15,6 +15,8 @@ from torch import Tensor
 import gqa_kernels
 from gqa_kernels.hf import GqaSampler
 
+pytestmark = pytest.mark.abi
+
 SETTINGS: dict[str, Any] = {"temperature": 3.0, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 7}
 
 

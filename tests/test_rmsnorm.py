@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,17 +61,34 @@ def test_p1_magnitudes(guard: Guard, dtype: torch.dtype, scale: float) -> None:
     assert_within_bound(rmsnorm(x, weight, EPS), reference(x, weight), eager(x, weight))
 
 
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [
+        ("llama.modeling_llama.LlamaRMSNorm", {}),
+        ("gemma2.modeling_gemma2.Gemma2RMSNorm", {"weight_offset": 1.0, "cast_before_weight": False}),
+        ("gpt_oss.modeling_gpt_oss.GptOssRMSNorm", {"cast_before_weight": False}),
+    ],
+    ids=["llama", "gemma2", "gpt_oss"],
+)
+@pytest.mark.parametrize("hidden", [896, 1024, 4096, 4100])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_matches_transformers(guard: Guard, dtype: torch.dtype) -> None:
-    """The same rounding as LlamaRMSNorm: at most one unit in the last place apart."""
-    modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
-    norm = modeling_llama.LlamaRMSNorm(1024, eps=EPS).to(guard.device, dtype)
-    x = guard.randn(33, 1024, dtype=dtype)
+def test_matches_transformers(
+    guard: Guard, dtype: torch.dtype, hidden: int, norm: str, options: dict[str, Any]
+) -> None:
+    """The rounding of each family's own class: at most one unit in the last place apart. Where that rounds before it
+    multiplies by the weight, the product is torch's of a value so close."""
+    module, _, name = norm.rpartition(".")
+    theirs = getattr(pytest.importorskip(f"transformers.models.{module}"), name)(hidden, eps=EPS)
+    theirs = theirs.to(guard.device, dtype)
+    x, weight = guard.randn(33, hidden, dtype=dtype), guard.randn(hidden, dtype=dtype)
+    rounds_twice = options.get("cast_before_weight", True)
     with torch.no_grad():
-        norm.weight.copy_(torch.randn(1024))
-        expected, actual = norm(x), rmsnorm(x, norm.weight, EPS)
+        theirs.weight.copy_(torch.ones_like(weight) if rounds_twice else weight)
+        expected, actual = theirs(x), rmsnorm(x, theirs.weight, EPS, **options)
     ulp = torch.finfo(dtype).eps * expected.double().abs()
     assert bool(((actual.double() - expected.double()).abs() <= ulp * 1.01).all())
+    if rounds_twice:
+        assert same_bytes(rmsnorm(x, weight, EPS), actual * weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

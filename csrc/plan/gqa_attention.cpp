@@ -235,7 +235,7 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
   plan->num_splits = plan->divisor = 1;
   if (halves) {
     plan_splits(p, device, plan);
-    if (device.compute_capability == 90 && p->num_splits == 0 && !p->batch_invariant) {
+    if (device.compute_capability == 90 && p->num_splits <= 1 && !p->batch_invariant) {
       plan->plan.reason = refusal;
     }
   } else {

@@ -26,7 +26,7 @@ constexpr int64_t kTurnSms = 132, kTurnsOf16 = 18, kTurnsOf8 = 30, kTurnsAlone =
 constexpr int64_t kInvariantBlocks = 8;
 
 std::atomic<int32_t> kernel_override{0};
-enum Override { kAutomatic, kPortable, kSm90 };
+enum Override { kAutomatic, kPortable };
 
 int64_t query_rows(const gqa_attention_params *p) { return p->seqlen_q * (p->num_q_heads / p->num_kv_heads); }
 int64_t pairs(const gqa_attention_params *p) { return p->batch * p->num_kv_heads; }

@@ -5,7 +5,7 @@
 
 namespace gqa {
 
-// A kernel of gqa_attention_decode_sm90.cuh: `resident` blocks of it fit an SM.
+// A kernel of csrc/cuda/gqa_attention_decode_sm90: `resident` blocks of it fit an SM.
 struct DecodeShape {
   int bytes;  // of a cached element; 1: quantised
   int dim, warps, stages;

@@ -93,7 +93,7 @@ const char *refuse_prefill_sm90(const gqa_attention_params *p, const gqa_device 
   const int shape = find_shape(p, device);
   if (shape >= kPrefillShapeCount) return "wgmma tiles take head_dim up to 256";
   if (device->max_shared_memory < kPrefillShapes[shape].shared_memory()) return "wgmma tiles need more shared memory";
-  if (p->num_splits > 0) return "the number of splits was given";
+  if (p->num_splits > 1) return "the number of splits was given";
   if (p->batch_invariant) return "batch_invariant: few and many rows run the same kernel";
   if (p->rotary.cos != nullptr) return "wgmma tiles take rotated q and k";
   if (is_paged(p) && find_page_rows(p, kPrefillShapes[shape]) < kMinPageRows)

@@ -16,6 +16,9 @@ from torch import Tensor
 from gqa_kernels.attention import gqa_attention_decode, gqa_attention_prefill, kv_cache_append
 from gqa_kernels.kv_cache import MAX_DECODE_QUERIES
 
+#: What a caller with a float8 cache does instead.
+SCALES = "a scale per sequence; gqa_attention_decode and _prefill take k_scale and v_scale, per tensor or KV head"
+
 __all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
 
@@ -28,14 +31,13 @@ def _refuse(function: str, arguments: dict[str, tuple[Any, str]]) -> None:
 def _refuse_common(
     function: str, qv: Any, q_descale: Any, k_descale: Any, v_descale: Any, attention_chunk: int
 ) -> None:
-    scales = "its kernels read float32, float16 and bfloat16, not scaled float8"
     _refuse(
         function,
         {
             "qv": (qv, "there is no attention with a second query part"),
-            "q_descale": (q_descale, scales),
-            "k_descale": (k_descale, scales),
-            "v_descale": (v_descale, scales),
+            "q_descale": (q_descale, "queries are float32, float16 or bfloat16"),
+            "k_descale": (k_descale, SCALES),
+            "v_descale": (v_descale, SCALES),
             "attention_chunk": (attention_chunk or None, "there is no chunked mask; window_size slides"),
         },
     )
