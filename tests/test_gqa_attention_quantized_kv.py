@@ -67,6 +67,32 @@ def test_p1_head_dim(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> Non
 
 @every_dtype
 @every_format
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_p1_heads_of_a_block(guard: Guard, dtype: torch.dtype, kind: torch.dtype, head_dim: int) -> None:
+    """Blocks take several heads with narrow rows, the last of them perhaps fewer."""
+    for heads in ((1, 1), (3, 3), (14, 2), (35, 5)):
+        for queries, new in ((1, 1), (1, 0), (2 if heads[0] < 7 else 1, 1)):
+            lengths = [(queries, cached, queries if new else 0) for cached in (40, 131, 1000)]
+            case = make_case(lengths, dtype=dtype, heads=heads, head_dim=head_dim, sinks=torch.randn(heads[0]))
+            for page_size in (None, 16):
+                check(Quantized.fit(case, kind, per_head=True), guard, f"{heads}, {new} new", page_size=page_size)
+
+
+@every_dtype
+@every_format
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_p1_unlike_lengths(guard: Guard, dtype: torch.dtype, kind: torch.dtype, head_dim: int) -> None:
+    """All lengths together say how many blocks take part in one sequence."""
+    on_gpu = guard.device == "cuda"
+    for new in (1, 0):
+        lengths = [16200 if on_gpu else 300, 5, 777, 0, *((37 * b) % 90 for b in range(120 if on_gpu else 9))]
+        case = make_case([(1, n, new) for n in lengths], dtype=dtype, heads=(4, 2), head_dim=head_dim)
+        capacity = 16384 if on_gpu else None
+        check(Quantized.fit(case, kind, per_head=True), guard, f"{new} new", page_size=64, capacity=capacity)
+
+
+@every_dtype
+@every_format
 def test_p1_every_length(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
     """Every length about the edges of tiles, with whatever bytes where no key is."""
     for queries, new in ((1, 1), (1, 0), (5, 5), (2, 0)):

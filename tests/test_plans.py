@@ -169,23 +169,47 @@ def cluster(plan: dict[str, object]) -> int:
 @pytest.mark.parametrize(
     "heads, batch, capacity, blocks, threads",
     [
-        ((32, 8), 1, 2048, 8, 256),
+        ((32, 8), 1, 2048, 8, 192),
+        ((32, 8), 1, 16384, 8, 192),
         ((32, 8), 1, 32768, 8, 256),
-        ((28, 4), 1, 8192, 16, 256),
-        ((32, 8), 1, 256, 2, 256),
+        ((32, 8), 2, 4096, 4, 192),
+        ((28, 4), 1, 8192, 16, 192),
+        ((32, 8), 1, 256, 2, 192),
         ((32, 8), 8, 4096, 2, 128),
         ((32, 8), 16, 2048, 1, 256),
         ((32, 8), 64, 1024, 1, 256),
         ((32, 8), 64, 2048, 4, 128),
         ((32, 8), 256, 2048, 4, 128),
-        ((32, 8), 16, 32768, 8, 128),
-        ((64, 8), 3, 20000, 8, 128),
+        ((32, 8), 16, 32768, 16, 128),
+        ((64, 8), 3, 20000, 16, 128),
         ((32, 8), 64, 8192, 8, 128),
     ],
 )
 def test_clusters(heads: tuple[int, int], batch: int, capacity: int, blocks: int, threads: int) -> None:
     plan = decode(batch, capacity, heads=heads)
     assert (cluster(plan), plan["launches"][0]["block"][0]) == (blocks, threads)
+
+
+def test_sequences_of_unlike_length_take_turns() -> None:
+    """From the batch, heads and capacity alone: a fixed number of clusters, whatever the batch."""
+
+    def grid(batch: int, capacity: int, **options: object) -> list[int]:
+        return list(decode(batch, capacity, **options)["launches"][0]["grid"])
+
+    for batch in (2, 8, 16, 33):
+        assert grid(batch, 8192) == grid(batch, 32768) == [16, 18, 1]
+    assert grid(16, 4096, heads=(32, 8)) == [2, 8, 16]
+    assert grid(1, 32768)[1:] == [8, 1] and grid(64, 8192)[1:] == [8, 64]
+    assert grid(16, 32768, batch_invariant=True) == [8, 8, 16]
+
+
+@pytest.mark.parametrize("head_dim, kind, blocks", [(96, torch.bfloat16, 2), (96, torch.int8, 4), (64, torch.int8, 2)])
+def test_narrow_rows_are_read_several_heads_at_a_time(head_dim: int, kind: torch.dtype, blocks: int) -> None:
+    for heads in (1, 2, 3, 8, 32):
+        q, cache = wide(2, 1, heads, head_dim), torch.zeros(2, 512, heads, head_dim, dtype=kind)
+        lengths = torch.zeros(2, dtype=torch.int32)
+        plan = plan_for(H200, "gqa_attention_decode", q, cache, cache, cache_seqlens=lengths)
+        assert list(plan["launches"][0]["grid"][1:]) == [-(-heads // blocks), 2]
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (14, 2), (8, 8), (16, 1)])

@@ -35,7 +35,7 @@ FROZEN = {
     "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? q_norm=None, Tensor[]? k_norm=None, "
     "float? softmax_scale=None, SymInt[]? window_left=None) -> Tensor",
     "gqa_attention_decode": "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, *, "
-    f"Tensor cache_seqlens, {COMMON}, Tensor(d!)? out=None) -> (Tensor, Tensor)",
+    f"Tensor cache_seqlens, {COMMON}, Tensor(d!)? out=None, bool static_prefix=False) -> (Tensor, Tensor)",
     "gqa_attention_prefill": "(Tensor q, Tensor? k=None, Tensor? v=None, Tensor(a!)? k_cache=None, "
     "Tensor(b!)? v_cache=None, *, Tensor? cache_seqlens=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
     f"SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, {COMMON}, bool causal=True, "

@@ -364,6 +364,8 @@ typedef struct gqa_attention_params {
   void *workspace;         /* CUDA only: plan.workspace_size bytes, 16-byte aligned, need not be zeroed */
   int64_t workspace_size;
   gqa_kv_quantization quantization; /* of the caches */
+  int32_t static_prefix; /* decode; 1: nothing that may still run on the device writes the lengths, left padding, block
+                            table or the cached rows below the lengths; they are read early */
 } gqa_attention_params;
 
 typedef gqa_attention_params gqa_attention_prefill_params;

@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       ", bool causal=True, Tensor(d!)? out=None) -> (Tensor, Tensor)");
   m.def(
       "gqa_attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, *, "
-      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON ", Tensor(d!)? out=None) -> (Tensor, Tensor)");
+      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON
+      ", Tensor(d!)? out=None, bool static_prefix=False) -> (Tensor, Tensor)");
   m.def(
       "kv_cache_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cache_seqlens, "
       "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "

@@ -38,7 +38,9 @@ _HOPPER: dict[str, list[Any]] = {
 }
 _TILES: dict[str, list[Any]] = {"queries": [70], "rotary": [None], "batch_invariant": [False]}
 
-DECODE_CALLS = pairwise(_COMMON) + pairwise({**_COMMON, **_HOPPER})
+_DECODE: dict[str, list[Any]] = {**_COMMON, "static_prefix": [False, True]}
+
+DECODE_CALLS = pairwise(_DECODE) + pairwise({**_DECODE, **_HOPPER})
 PREFILL_CALLS = pairwise(_PREFILL) + pairwise({**_PREFILL, **_HOPPER, **_TILES})
 
 
@@ -92,8 +94,8 @@ def make_call(
         case, guard, cache, ragged=combination.get("ragged", False), gathered=combination["rotary"] == "gathered"
     )
     keywords["return_lse"] = combination["return_lse"]
-    for name in ("num_splits", "batch_invariant"):
-        if combination[name]:
+    for name in ("num_splits", "batch_invariant", "static_prefix"):
+        if combination.get(name):
             keywords[name] = combination[name]
     if op == "gqa_attention_prefill":
         keywords["causal"] = combination["causal"]

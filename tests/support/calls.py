@@ -110,6 +110,8 @@ def _decode(rng: random.Random) -> Call:
         options["num_splits"] = rng.randrange(1, 9)
     if rng.random() < 0.3:
         options["batch_invariant"] = True
+    if rng.random() < 0.3:
+        options["static_prefix"] = True
     caches, paged = _cache(rng, make, batch, capacity, kv_heads, dim)
     lengths = [rng.randrange(seqlen, capacity - seqlen + 1) for _ in range(batch)]
     options |= paged | {"cache_seqlens": _ints(lengths)}
