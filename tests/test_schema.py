@@ -44,7 +44,7 @@ FROZEN = {
     f"Tensor? cache_leftpad=None, Tensor? block_table=None, {ROTARY}, Tensor? k_scale=None, Tensor? v_scale=None) "
     "-> ()",
     "linear": "(Tensor x, Tensor w1, Tensor? w2=None, Tensor? w3=None, *, Tensor? bias=None, "
-    "bool static_weights=False) -> Tensor",
+    "Tensor? weight_scale=None, Tensor? residual=None, bool static_weights=False) -> Tensor",
     "merge_attention_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
     "qk_rmsnorm_rope": "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, *, "
     "float eps=9.9999999999999995e-07, Tensor? position_ids=None, bool interleaved=False, float weight_offset=0., "
@@ -63,7 +63,8 @@ FROZEN = {
     "Tensor? frequency_penalty=None, Tensor? presence_penalty=None, bool return_logprob=False) "
     "-> (Tensor, Tensor, Tensor)",
     "swiglu": "(Tensor gate, Tensor? up=None) -> Tensor",
-    "swiglu_ffn": "(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, *, bool static_weights=False) -> Tensor",
+    "swiglu_ffn": "(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, *, Tensor? gate_up_scale=None, "
+    "Tensor? down_scale=None, Tensor? residual=None, bool static_weights=False) -> Tensor",
 }
 
 # Into memory of the caller's; attention takes it as an argument of the one schema.

@@ -173,40 +173,50 @@ typedef struct gqa_swiglu_params {
 } gqa_swiglu_params;
 
 /*
- * out = x w^T + bias for few tokens, of one to three matrices at once: their outputs side by side. Sums in float32,
- * rounded once. CUDA serves 1 ... 16 tokens of float16 or bfloat16 on sm_90; in_features is a multiple of 8, and rows
- * begin at multiples of 16 bytes.
+ * out = residual + (x w^T + bias) for few tokens, of one to three matrices at once: their outputs side by side. Sums in
+ * float32, each multiplied by the scale of its output where weights have one, rounded with the bias once. CUDA serves
+ * 1 ... 16 tokens of float16 or bfloat16 on sm_90; in_features is a multiple of 8, of float8_e4m3 weights of 16, and
+ * rows begin at multiples of 16 bytes.
  */
 typedef struct gqa_linear_params {
   uint32_t struct_size;
   int32_t dtype;
   const void *x;          /* [tokens, in_features] */
   const void *weights[3]; /* [out_features[i], in_features]; NULL where out_features[i] is 0 */
-  const void *bias;       /* [sum of out_features] contiguous, or NULL */
-  void *out;              /* [tokens, sum of out_features] */
+  const float
+      *weight_scale;    /* [sum of out_features] contiguous: the weights are float8_e4m3; NULL: they are of dtype */
+  const void *bias;     /* [sum of out_features] contiguous, or NULL */
+  const void *residual; /* [tokens, sum of out_features]: added to the rounded products, rounded again; or NULL */
+  void *out;            /* [tokens, sum of out_features] */
   int64_t tokens;
   int64_t in_features;
   int64_t out_features[3]; /* the second and third may be 0 */
   int64_t x_stride;
-  int64_t weight_stride[3];
+  int64_t weight_stride[3]; /* in elements of the weights */
+  int64_t residual_stride;
   int64_t out_stride;
   int32_t static_weights; /* 1: nothing that may still run on the device writes the weights; they are read early */
 } gqa_linear_params;
 
 /*
- * The feed-forward block for few tokens: activation = swiglu(x w_gate^T, x w_up^T), out = activation w_down^T. Sums in
- * float32; each matrix product, the silu and the activation are rounded to dtype. CUDA serves 1 ... 16 tokens of
- * float16 or bfloat16 on sm_90; hidden and intermediate are multiples of 8, and rows begin at multiples of 16 bytes.
+ * The feed-forward block for few tokens: activation = swiglu(x w_gate^T, x w_up^T), out = residual + activation
+ * w_down^T. Sums in float32, times their scales; each matrix product, the silu and the activation are rounded to dtype.
+ * CUDA serves 1 ... 16 tokens of float16 or bfloat16 on sm_90; hidden and intermediate are multiples of 8, before
+ * float8_e4m3 weights of 16, and rows begin at multiples of 16 bytes.
  */
 typedef struct gqa_swiglu_ffn_params {
   uint32_t struct_size;
   int32_t dtype;
-  const void *x;      /* [tokens, hidden] */
-  const void *w_gate; /* [intermediate, hidden] */
-  const void *w_up;   /* [intermediate, hidden] */
-  const void *w_down; /* [out_features, intermediate] */
-  void *activation;   /* [tokens, intermediate] contiguous scratch: what the first half hands to the second */
-  void *out;          /* [tokens, out_features] contiguous */
+  const void *x;             /* [tokens, hidden] */
+  const void *w_gate;        /* [intermediate, hidden] */
+  const void *w_up;          /* [intermediate, hidden] */
+  const void *w_down;        /* [out_features, intermediate] */
+  const float *w_gate_scale; /* [intermediate] contiguous: w_gate is float8_e4m3; NULL: it is of dtype */
+  const float *w_up_scale;   /* [intermediate] likewise; both or neither */
+  const float *w_down_scale; /* [out_features] likewise */
+  const void *residual;      /* [tokens, out_features]: added to the rounded result, rounded again; or NULL */
+  void *activation;          /* [tokens, intermediate] contiguous scratch: what the first half hands to the second */
+  void *out;                 /* [tokens, out_features] contiguous */
   int64_t tokens;
   int64_t hidden;
   int64_t intermediate;
@@ -215,6 +225,7 @@ typedef struct gqa_swiglu_ffn_params {
   int64_t w_gate_stride;
   int64_t w_up_stride;
   int64_t w_down_stride;
+  int64_t residual_stride;
   int32_t static_weights; /* as in gqa_linear_params */
 } gqa_swiglu_ffn_params;
 

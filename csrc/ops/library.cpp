@@ -52,10 +52,12 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
   m.def("residual_add(Tensor x, Tensor residual) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor? up=None) -> Tensor");
   m.def("swiglu.out(Tensor gate, Tensor? up=None, *, Tensor(a!) out) -> ()");
-  m.def("swiglu_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, *, bool static_weights=False) -> Tensor");
+  m.def(
+      "swiglu_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, *, Tensor? gate_up_scale=None, "
+      "Tensor? down_scale=None, Tensor? residual=None, bool static_weights=False) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor w1, Tensor? w2=None, Tensor? w3=None, *, Tensor? bias=None, "
-      "bool static_weights=False) -> Tensor");
+      "Tensor? weight_scale=None, Tensor? residual=None, bool static_weights=False) -> Tensor");
   m.def(
       "sample(Tensor logits, *, float temperature=1.0, SymInt top_k=0, float top_p=1.0, float min_p=0.0, "
       "SymInt seed=0, SymInt offset=0, Tensor? temperatures=None, Tensor? top_ks=None, Tensor? top_ps=None, "
