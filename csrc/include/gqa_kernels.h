@@ -546,8 +546,7 @@ GQA_API gqa_status gqa_current_device(gqa_device *device);
 typedef void (*gqa_launch_log)(void *user, const gqa_launch *launch);
 GQA_API void gqa_set_launch_log(gqa_launch_log log, void *user);
 
-/* Internal, for tests: which kernels plans choose from. 0: automatic, 1: portable ones, 2: those for sm_90 if they can.
- */
+/* Internal, for tests: which kernels plans choose from. 0: all, 1: portable ones. */
 GQA_API void gqa_set_kernel_override(int32_t family);
 
 #ifdef __cplusplus
