@@ -35,6 +35,7 @@ LEFT_OUT = {
     "racecheck": {
         "decode_ring": "thread 0 initialises an mbarrier and arrives; the tool takes the first for 32 lanes'",
         "sample_greedy": "the same",
+        "decoder_step": "warps that copy and warps that compute meet at mbarriers alone, those at a named barrier",
         "sample_cluster": "what some warps write before a named barrier others read after it",
     },
 }

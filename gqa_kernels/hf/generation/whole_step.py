@@ -11,8 +11,8 @@ import gqa_kernels
 from gqa_kernels.hf.generation.record import LayerWeights, ModelWeights
 from gqa_kernels.hf.generation.state import State
 
-#: Bytes of a layer's weights beyond which the ops for each part are faster, for one row and for more.
-MOST_FOR_ONE, MOST_FOR_MORE = 256 << 20, 64 << 20
+#: By rows, the bytes of a layer's weights beyond which the ops for each part are faster; for more rows they always are.
+MOST_BYTES = {1: 256 << 20, 2: 64 << 20}
 
 
 def whole_step(weights: ModelWeights, state: State, *, padded: bool) -> Tensor | None:
@@ -45,7 +45,7 @@ def _is_plain(weights: ModelWeights) -> bool:
 def _is_small(weights: ModelWeights, rows: int) -> bool:
     layer = weights.layers[0]
     matrices = (*layer.qkv.weights, *layer.o.weights, *layer.gate_up.weights, *layer.down.weights)
-    return sum(matrix.nbytes for matrix in matrices) <= (MOST_FOR_ONE if rows == 1 else MOST_FOR_MORE)
+    return sum(matrix.nbytes for matrix in matrices) <= MOST_BYTES.get(rows, 0)
 
 
 def _call(weights: ModelWeights, state: State, padded: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
