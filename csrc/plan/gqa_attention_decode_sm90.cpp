@@ -70,7 +70,7 @@ bool is_one_wave(const gqa_attention_params *p, const gqa_device *device, int64_
 
 // Whether sequences may be so unlike that blocks are given to them by their lengths, if the shape can.
 bool are_unlike(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  const int64_t unlike = p->quantization.dtype != 0 ? 2 * kUnlike : kUnlike;
+  const int64_t narrow = p->head_dim <= 64 ? 2 : 1, unlike = (p->quantization.dtype != 0 ? 2 : 1) * kUnlike / narrow;
   return p->batch > 1 && keys >= unlike && !p->batch_invariant && p->batch * p->cache_capacity < kMaxInt &&
          !are_many(pairs(p), device);
 }
