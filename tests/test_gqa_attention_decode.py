@@ -110,7 +110,7 @@ def test_p1_long_caches_of_a_batch(guard: Guard, dtype: torch.dtype, head_dim: i
     for new, cached in ((0, [long // 2] * 3), (1, [5, long, 777]), (0, [long, 5, 777, 0, *range(35)])):
         case = make_case([(1, n, new) for n in cached], dtype=dtype, heads=(2, 1), head_dim=head_dim)
         for page_size in (None, 16):
-            cache = build_cache(case, guard, page_size=page_size, capacity=8192 if on_gpu else None, fill=math.nan)
+            cache = build_cache(case, guard, page_size=page_size, capacity=16384 if on_gpu else None, fill=math.nan)
             case.check(run_cached(case, guard, cache, decode=True), f"{len(cached)} sequences, pages of {page_size}")
 
 
@@ -123,7 +123,7 @@ def test_p1_more_sequences_than_blocks(guard: Guard, dtype: torch.dtype, head_di
         lengths = [8150 if on_gpu else 300, 0, 2500, *((37 * b) % 90 for b in range(127 if on_gpu else 9))]
         case = make_case([(1, n, new) for n in lengths], dtype=dtype, heads=(4, 2), head_dim=head_dim)
         for page_size in (64, 7):
-            cache = build_cache(case, guard, page_size=page_size, capacity=8192 if on_gpu else None, fill=math.nan)
+            cache = build_cache(case, guard, page_size=page_size, capacity=16384 if on_gpu else None, fill=math.nan)
             case.check(run_cached(case, guard, cache, decode=True), f"{new} new, pages of {page_size}")
 
 

@@ -197,8 +197,8 @@ def test_sequences_of_unlike_length_take_turns() -> None:
         return list(decode(batch, capacity, **options)["launches"][0]["grid"])
 
     for batch in (2, 8, 16, 33):
-        assert grid(batch, 8192) == grid(batch, 32768) == [16, 18, 1]
-    assert grid(16, 4096, heads=(32, 8)) == [2, 8, 16]
+        assert grid(batch, 16384) == grid(batch, 32768) == [16, 18, 1]
+    assert grid(16, 4096, heads=(32, 8)) == [2, 8, 16] and grid(16, 8192, heads=(28, 4)) == [2, 4, 16]
     assert grid(1, 32768)[1:] == [8, 1] and grid(64, 8192)[1:] == [8, 64]
     assert grid(16, 32768, batch_invariant=True) == [8, 8, 16]
 

@@ -128,7 +128,7 @@ class Layers:
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("batch, capacity", [(1, 512), (1, 8192), (9, 512), (5, 16384)])
+@pytest.mark.parametrize("batch, capacity", [(1, 512), (1, 8192), (9, 512), (3, 32768)])
 def test_a_prefix_read_early(gpu: str, batch: int, capacity: int, page_size: int | None, kind: torch.dtype) -> None:
     layers = Layers(gpu, batch, capacity, page_size, kind)
     for appends in (False, True):

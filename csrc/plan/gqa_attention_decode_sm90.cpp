@@ -15,8 +15,9 @@ constexpr int64_t kMaxInt = 0x7fffffff - 64;
 constexpr int32_t kMinSms = 100;     // a cluster has to fit one of the device's groups of SMs
 constexpr int64_t kLong = 4096;      // keys of head_dim 128 from which on a sequence wants several blocks
 constexpr int64_t kManyLong = 2048;  // the same with many sequences
-constexpr int64_t kUnlike = 8192;    // keys from which on sequences of a batch may be of very unlike length
+constexpr int64_t kUnlike = 16384;   // keys from which on sequences of a batch may be of very unlike length
 constexpr int64_t kLongest = 16384;  // keys of a single sequence beyond which the largest rings count most
+constexpr int64_t kBrief = 8192;     // keys below which a call is over so soon that overlapping launches count
 constexpr int64_t kShare = 1024;     // keys of a block, from which on further blocks share them
 constexpr int64_t kMostBlocks = 16, kMostGrown = 8;
 constexpr int32_t kManyTiles = 4;  // of a warp, before more blocks join in
@@ -69,7 +70,7 @@ bool is_one_wave(const gqa_attention_params *p, const gqa_device *device, int64_
 
 // Whether sequences may be so unlike that blocks are given to them by their lengths, if the shape can.
 bool are_unlike(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  const int64_t unlike = p->quantization.dtype != 0 ? 2 * kUnlike : kUnlike;
+  const int64_t narrow = p->head_dim <= 64 ? 2 : 1, unlike = (p->quantization.dtype != 0 ? 2 : 1) * kUnlike / narrow;
   return p->batch > 1 && keys >= unlike && !p->batch_invariant && p->batch * p->cache_capacity < kMaxInt &&
          !are_many(pairs(p), device);
 }
@@ -167,8 +168,8 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
   plan.grid[1] = plan.turns > 0 ? plan.turns : static_cast<int32_t>(groups);
   plan.grid[2] = plan.turns > 0 ? 1 : static_cast<int32_t>(p->batch);
   plan.balanced = p->batch > 1 && shape.resident > 1 && cluster > 1;
-  const bool sparse = shape.resident > 1 && 2 * cluster * items <= device->num_sms;
-  plan.programmatic = sparse || keys < kUnlike;
+  const bool many = are_many(items, device), sparse = shape.resident > 1 && 2 * cluster * items <= device->num_sms;
+  plan.programmatic = sparse || (!many && plan.turns == 0 && (cluster <= 2 || keys < kBrief));
   plan.triggers_early = plan.programmatic && !sparse;
   if (!has_aligned_cache(p)) {
     plan.cache = DecodeCache::kAny;
@@ -178,7 +179,8 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
   plan.plain = plan.cache != DecodeCache::kAny && p->seqlen_q == 1 && p->k == nullptr && p->rotary.cos == nullptr &&
                p->cache_leftpad.data == nullptr && (p->window_left < 0 || p->window_left >= p->cache_capacity) &&
                p->softcap == 0;
-  plan.early = plan.plain && plan.turns == 0 && (p->batch == 1 || cluster * team * shape.tile * kEarlyPart <= keys);
+  plan.early =
+      plan.plain && plan.turns == 0 && (p->batch == 1 || (!many && cluster * team * shape.tile * kEarlyPart <= keys));
   const int64_t slots = ceil_div<int64_t>(query_rows(p) * shape.heads * (shape.dim / 32), cluster);
   plan.shared_memory = decode_fixed_memory(shape) + slots * cluster * kDecodeUnitBytes;
   return plan;
