@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from support.attention import Case, make_case
 from support.attention_layout import build_cache, packed, run_cached, run_prefill
 from support.guard import Guard, same_bytes
+from support.kernels import hopper
 from torch import Tensor
 
 from gqa_kernels import gqa_attention_prefill
@@ -25,6 +28,13 @@ LENGTHS += [(128, 128), (256, 256), (300, 300), (100, 355), (384, 640)]
 every_half = pytest.mark.parametrize("dtype", HALVES)
 every_width = pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 every_mask = pytest.mark.parametrize("causal", [False, True])
+
+
+@pytest.fixture(autouse=True)
+def _served_by_warpgroups(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every call of a test over tensors."""
+    with hopper(request.getfixturevalue("guard").device) if "guard" in request.fixturenames else nullcontext():
+        yield
 
 
 def dense_case(
@@ -146,7 +156,7 @@ def test_p8_values_reach_who_attends_to_them(guard: Guard, dtype: torch.dtype, h
 
 @every_half
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 256])
-def test_p14_neighbours_do_not_decide_over_bytes(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
+def test_p15_neighbours_do_not_decide_over_bytes(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
     """Rows whose weights overflow, or are NaN, leave the rows beside them as they are."""
     case = dense_case(128, 900, dtype, head_dim, causal=False, batch=1)
     q, k, v = (guard.place(torch.stack(x), writable=True) for x in (case.q, case.k, case.v))
