@@ -39,7 +39,7 @@ def test_p1_head_dim(guard: Guard, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [1, 4, 12, 63, 65, 100, 257, 264, 512])
-def test_head_dim_refused(device: str, head_dim: int) -> None:
+def test_p20_head_dim_refused(device: str, head_dim: int) -> None:
     q = torch.zeros(1, 1, 1, head_dim, device=device)
     length = torch.zeros(1, dtype=torch.int32, device=device)
     with pytest.raises(RuntimeError, match=rf"^gqa_attention_decode: .*head_dim.*{head_dim}"):
@@ -56,7 +56,7 @@ def test_p1_every_query_count(guard: Guard, dtype: torch.dtype, queries: int) ->
 
 
 @pytest.mark.parametrize("queries", [0, 17, 64])
-def test_query_count_refused(device: str, queries: int) -> None:
+def test_p20_query_count_refused(device: str, queries: int) -> None:
     q, cache = torch.zeros(2, queries, 4, 64, device=device), torch.zeros(2, 80, 2, 64, device=device)
     length = torch.zeros(2, dtype=torch.int32, device=device)
     with pytest.raises(RuntimeError, match=rf"^gqa_attention_decode: q .*16.*{queries}"):
@@ -183,7 +183,7 @@ def test_p1_matches_sdpa(guard: Guard, dtype: torch.dtype, heads: tuple[int, int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_length_for_all(guard: Guard, dtype: torch.dtype) -> None:
+def test_p1_one_length_for_all(guard: Guard, dtype: torch.dtype) -> None:
     """cache_seqlens may be int64, or 0-d: one length for every sequence."""
     case = make_case([(2, 37, 2)] * 3, dtype=dtype, rotary=make_rotary(64))
     expected = run_cached(case, guard, build_cache(case, guard), decode=True)

@@ -54,7 +54,7 @@ class Step:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 3000])
-def test_a_chain_has_the_bytes_of_one_op_at_a_time(gpu: str, rows: int) -> None:
+def test_p23_a_chain_has_the_bytes_of_one_op_at_a_time(gpu: str, rows: int) -> None:
     for seed in range(5):
         results = []
         for between in (torch.cuda.synchronize, lambda: None):
@@ -64,7 +64,7 @@ def test_a_chain_has_the_bytes_of_one_op_at_a_time(gpu: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 16, 3000])
-def test_a_captured_chain_has_the_bytes_of_one_op_at_a_time(gpu: str, rows: int) -> None:
+def test_p23_a_captured_chain_has_the_bytes_of_one_op_at_a_time(gpu: str, rows: int) -> None:
     """Fork and join inside the graph: some kernels depend on two."""
     step = Step(rows, gpu)
     start = [x.clone() for x in (step.weight, step.cos)]
