@@ -161,7 +161,9 @@ def test_p1_scaling_values_scales_out(guard: Guard, dtype: torch.dtype, run: Run
     case = case.change(v=[v * 1024 for v in case.v])
     out, lse = run(case, guard)
     double, same = run(case.change(v=[v * 4 for v in case.v]), guard)
-    assert torch.equal(double, out * 4) and same_bytes(same, lse)
+    usual = out.abs() >= torch.finfo(dtype).tiny  # the odd result of values that cancel is not
+    assert torch.equal(double[usual], (out * 4)[usual]) and same_bytes(same, lse)
+    assert bool(usual.float().mean() > 0.99)
 
 
 @every_run

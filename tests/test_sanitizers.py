@@ -45,7 +45,7 @@ def findings(tool: str, found: subprocess.CompletedProcess[str]) -> str:
 
 @every_tool
 def test_p26_clean(gpu: str, tool: str) -> None:
-    found = sanitize(tool)
+    found = sanitize(tool, "--tool", tool)
     told = findings(tool, found)
     assert not told, told + found.stderr[-1000:]
     assert END in found.stdout and " SUMMARY: " in found.stdout, found.stdout[-1000:] + found.stderr[-1000:]
