@@ -1,5 +1,5 @@
 """``python -m benchmarks [decode|prefill|ops|sample|model ...] [--shapes TEXT] [--out DIR] [--device D] [--quick]
-[--commit SHA] [--compile]``"""
+[--commit SHA] [--compile [TEXT]]``"""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a few cases: on CUDA those with a promised floor")
     parser.add_argument("--commit", metavar="SHA", help="what to record as the commit, for a tree without git")
-    parser.add_argument("--compile", action="store_true", help="model: also transformers' compiled steps, in minutes")
+    compiled = "model: also transformers' compiled steps, of models whose name contains TEXT; a minute each"
+    parser.add_argument("--compile", nargs="?", const="", metavar="TEXT", help=compiled)
     options = parser.parse_args(argv)
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
@@ -54,7 +55,7 @@ def run_group(
     if group == "model":
         models = [m for m in model.wanted(settings, options.quick) if options.shapes in m.name]
         for wanted in tqdm(models, desc=group, disable=None):
-            rows += model.measure(wanted, settings, options.compile)
+            rows += model.measure(wanted, settings, options.compile is not None and options.compile in wanted.name)
         return rows, skipped, verdicts
     cases = [case for case in CASES[group](settings, options.quick) if options.shapes in case.name]
     progress = tqdm(cases, desc=group, disable=None)

@@ -145,7 +145,7 @@ def test_p1_a_layer_of_llama(gpu: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_p2_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
     """Rows inside wider ones full of NaN; what the kernels' alignment refuses agrees within the bound."""
 
     def inside(tensor: Tensor, gap: int) -> Tensor:
@@ -179,7 +179,7 @@ def test_p8_a_token_with_nan_or_infinity_keeps_to_itself(guard: Guard, dtype: to
     assert same_bytes(out[keep], clean[keep])
 
 
-def test_p10_bitwise_repeatable(guard: Guard) -> None:
+def test_p14_bitwise_repeatable(guard: Guard) -> None:
     x, weights = guard.randn(16, 896, dtype=torch.bfloat16), weights_of(guard, 896, 4864, 896, torch.bfloat16)
     first = swiglu_ffn(x, *weights)
     for i in range(20):

@@ -150,14 +150,17 @@ GQA_HOST_DEVICE bool is_drawn(const Top &top, const Settings &s) {
   return !s.greedy && !top.has_nan && top.key > kLowestKey;
 }
 
-template <typename Row>
-GQA_SAMPLING Drawn draw(Row &row, const Settings &s, const Random &random, int64_t vocab) {
-  const Top top = row.top();
-  if (!is_drawn(top, s)) return {row.first(top.key), !top.has_nan && top.key > kLowestKey};
+// What is kept of a row, and the bin of its token. total: the mass kept; sum: of the bin's kept m.
+struct Choice {
+  Kept kept;
+  uint32_t bin;
+  uint64_t total, sum;
+};
 
-  const bool limited = s.top_k > 0 && s.top_k < vocab;
-  row.weigh(key_to_logit(top.key), s.scale, limited);
-  Kept kept = row.keep(limited ? s.top_k : 0, s.top_p);
+// Of a row that is weighed.
+template <typename Row>
+GQA_SAMPLING Choice choose(Row &row, const Settings &s, const Random &random, uint64_t top_k) {
+  Kept kept = row.keep(top_k, s.top_p);
   const uint32_t least_bin = weigh(s.least_exponent).bin;
   if (least_bin != kExcluded && least_bin <= kept.bin) {
     kept.key = least_bin < kept.bin ? 0 : kept.key;
@@ -165,12 +168,25 @@ GQA_SAMPLING Drawn draw(Row &row, const Settings &s, const Random &random, int64
     kept.exponent = s.least_exponent;
     kept.sum = row.kept_sum(kept);
   }
-
   const uint64_t total = row.mass_of(kept);
-  const Found found = row.find_kept(kept, mul_high(random.bin, total) + 1);
-  const uint64_t sum = found.bin == kept.bin ? kept.sum : row.sum(found.bin);
-  const Picked picked = row.pick(kept, found.bin, mul_high(random.token, sum) + 1);
-  return {picked.index, true, bin_mass(sum, found.bin), total, picked.m, sum};
+  const uint32_t bin = row.find_kept(kept, mul_high(random.bin, total) + 1).bin;
+  return {kept, bin, total, bin == kept.bin ? kept.sum : row.sum(bin)};
+}
+
+template <typename Row>
+GQA_SAMPLING Drawn take(Row &row, const Choice &choice, const Random &random) {
+  const Picked picked = row.pick(choice.kept, choice.bin, mul_high(random.token, choice.sum) + 1);
+  return {picked.index, true, bin_mass(choice.sum, choice.bin), choice.total, picked.m, choice.sum};
+}
+
+template <typename Row>
+GQA_SAMPLING Drawn draw(Row &row, const Settings &s, const Random &random, int64_t vocab) {
+  const Top top = row.top();
+  if (!is_drawn(top, s)) return {row.first(top.key), !top.has_nan && top.key > kLowestKey};
+
+  const bool limited = s.top_k > 0 && s.top_k < vocab;
+  row.weigh(key_to_logit(top.key), s.scale, limited);
+  return take(row, choose(row, s, random, limited ? s.top_k : 0), random);
 }
 
 }  // namespace gqa::sampling

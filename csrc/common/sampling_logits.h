@@ -18,6 +18,12 @@ GQA_HOST_DEVICE bool is_adjusted(const gqa_sample_params &p) {
   return p.logit_bias != nullptr || p.allowed_bitmask != nullptr || has_penalties(p);
 }
 
+// Whether the Hopper kernel holds what sampling sees as float32; else as the logits' type, and apart what that cannot
+// hold: few tokens have penalties, but all may have a bias.
+GQA_HOST_DEVICE bool is_widened(const gqa_sample_params &p) {
+  return is_adjusted(p) && (p.dtype == GQA_DTYPE_FLOAT32 || p.logit_bias != nullptr);
+}
+
 // A row's part of each tensor, NULL where there is none. T: the logits' type.
 template <typename T>
 struct Adjustments {

@@ -17,35 +17,63 @@ namespace {
 #define GQA_SAMPLE_SM90
 #endif
 
+// What the launcher works out of a plan. extras: that a block has place for; inverse: of the number of blocks.
+struct Shape {
+  Stretch stretch;
+  uint32_t extras, inverse;
+};
+
 // The largest of the blocks' values, half by half, in every warp; the controllers send them.
 [[maybe_unused]] __device__ __forceinline__ u64 row_ends(const Exchange &exchange, bool sends, u64 of_block,
                                                          u64 *of_blocks, Message message) {
   if (sends && lane() < exchange.blocks) exchange.send(lane(), of_blocks + exchange.rank, message, of_block);
   exchange.receive(message);
-  return max_of_halves(lane() < exchange.blocks ? of_blocks[lane()] : 0);
+  return max_of_halves(lane() < exchange.blocks ? own_word(of_blocks) : 0);
 }
 
-// kAdjusted: with penalties, a bias or a bitmask.
-template <typename T, int kThreads, bool kAdjusted>
+// Held: the type of what a block holds. kAdjusted: with penalties, a bias or a bitmask.
+template <typename T, typename Held, int kThreads, bool kAdjusted>
 __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew || sizeof(T) == 4 ? 1 : 2)
-    sample_cluster(const __grid_constant__ gqa_sample_params p, const __grid_constant__ Settings of_call) {
+    sample_cluster(const __grid_constant__ gqa_sample_params p, const __grid_constant__ Settings of_call,
+                   const __grid_constant__ Shape shape) {
 #ifdef GQA_SAMPLE_SM90
   extern __shared__ __align__(16) unsigned char cluster_memory[];
   __shared__ Shared shared;
+  [[maybe_unused]] __shared__ AdjustedRow<T> adjusted_row;
   Cells *cells = reinterpret_cast<Cells *>(cluster_memory);
   launch_dependents();
-  const Exchange exchange(&shared);
+  const Exchange exchange(&shared, shape.inverse);
   const bool controls = warp() == kThreads / 32;
-  if (threadIdx.x == kThreads) exchange.open();
+  if (controls) exchange.open();
+  __syncwarp();
   cluster_arrive_relaxed();
+  // Where blocks are small, this one may have started ahead of what it waits for.
+  constexpr bool kClearsEarly = kThreads == kSampleClusterFew;
+  if (kClearsEarly && !controls) clear_cells<kThreads>(cells->histogram);
   wait_for_prerequisites();
 
-  const int64_t at = blockIdx.x >> exchange.log_blocks();
+  const int64_t at = cluster_id();
   const T *z = static_cast<const T *>(p.logits) + at * p.logits_stride;
-  using Held = std::conditional_t<kAdjusted, float, T>;
   const Held *aligned_like = nullptr;
   if constexpr (!kAdjusted) aligned_like = z;
-  Part<Held, kThreads> part(aligned_like, static_cast<int>(p.vocab), exchange.rank, exchange.log_blocks(), cells + 1);
+  unsigned char *held = reinterpret_cast<unsigned char *>(cells->told(2, exchange.blocks, 0));
+  auto apart = [&] {
+    if constexpr (kHasExtras<Held, kThreads>) {
+      if (threadIdx.x == kThreads) {
+        adjusted_row = {z, load_adjustments<T>(p, at)};
+        shared.extras = 0;
+        shared.of_warp[kOfExtras] = 0;
+      }
+      const int per_block = static_cast<int>(shape.stretch.vectors * kColumns * Vec<T>::kSize);
+      Extra *list = reinterpret_cast<Extra *>(held + (shape.stretch.vectors | 1) * kColumns * sizeof(Vec<T>));
+      return Extras<T>(&adjusted_row, list, &shared.extras, shared.of_warp + kOfExtras, shape.extras,
+                       exchange.rank * per_block, p.vocab);
+    } else {
+      return NoExtras{};
+    }
+  }();
+  Part<Held, kThreads> part(aligned_like, static_cast<int>(p.vocab), exchange, shape.stretch, held, apart);
+  if constexpr (kHasExtras<Held, kThreads>) __syncthreads();  // the first may be found
   Worker<Held, kThreads> worker(exchange, part, &shared, cells);
   if (controls) {
     u64 edges = 0;
@@ -57,20 +85,25 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
       shared.random = load_random(p, at);
     }
   } else {
-    worker.load([&](auto &&meanwhile) {
-      if constexpr (!kAdjusted) return part.load(meanwhile);
-      if constexpr (kAdjusted) return load_adjusted(&part, z, load_adjustments<T>(p, at), p.vocab, meanwhile);
-    });
+    const auto meanwhile = [&] {
+      if (!kClearsEarly) clear_cells<kThreads>(cells->histogram);
+    };
+    if constexpr (kAdjusted) {
+      worker.tell_ends(load_adjusted(&part, z, load_adjustments<T>(p, at), p.vocab, meanwhile));
+    } else {
+      worker.tell_ends(part.load(meanwhile).ends());
+    }
   }
   __syncthreads();
   cluster_wait();
-  u64 of_block = controls ? max_of_halves(lane() <= kThreads / 32 ? shared.of_warp[lane()] : 0) : 0;
+  const bool has_ends = lane() <= kThreads / 32 || (kHasExtras<Held, kThreads> && lane() == kOfExtras);
+  u64 of_block = controls ? max_of_halves(has_ends ? own_word(shared.of_warp) : 0) : 0;
   const u64 ends = row_ends(exchange, controls, of_block, shared.ends, kEnds);
   Top top{static_cast<uint32_t>(ends >> 32), false};
   if (top.key == kAll) {
     if (!controls) worker.find_numbers();
     __syncthreads();
-    of_block = controls ? max_of_halves(lane() < kThreads / 32 ? shared.of_warp[lane()] : 0) : 0;
+    of_block = controls ? max_of_halves(lane() < kThreads / 32 ? own_word(shared.of_warp) : 0) : 0;
     top = {static_cast<uint32_t>(row_ends(exchange, controls, of_block, shared.numbers, kNumbers) >> 32), true};
   }
 
@@ -79,12 +112,15 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
     worker.serve();
     return;
   }
-  Controller<Held, kThreads> row(exchange, part, &shared, cells, top, ~static_cast<uint32_t>(ends));
+  Controller<Held, kThreads> row(exchange, part, &shared, cells, top, ~static_cast<uint32_t>(ends),
+                                 p.logprob != nullptr);
   const Drawn drawn = row.decide(shared.settings, p.vocab);
-  if (!row.writes() || lane() != 0) return;
-  p.ids[at] = drawn.id;
-  if (p.valid != nullptr) p.valid[at] = drawn.valid;
-  if (p.logprob != nullptr) p.logprob[at] = drawn.logprob();
+  if (row.writes() && lane() == 0) {
+    p.ids[at] = drawn.id;
+    if (p.valid != nullptr) p.valid[at] = drawn.valid;
+    if (p.logprob != nullptr) p.logprob[at] = drawn.logprob();
+  }
+  row.dismiss();
 #else
   __trap();
 #endif
@@ -95,10 +131,19 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
 gqa_status launch_sample_cluster(const gqa_sample_params &p, const gqa_launch &plan, cudaStream_t stream) {
   return dispatch_float(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    auto kernel = plan.block[0] == kSampleClusterFew + 32 ? sample_cluster<T, kSampleClusterFew, false>
-                                                          : sample_cluster<T, kSampleClusterMany, false>;
-    if (is_adjusted(p)) kernel = sample_cluster<T, kSampleClusterAdjusted, true>;
-    return launch_clusters(kernel, plan, stream, p, settings_of(p));
+    auto kernel = plan.block[0] == kSampleClusterFew + 32 ? sample_cluster<T, T, kSampleClusterFew, false>
+                                                          : sample_cluster<T, T, kSampleClusterMany, false>;
+    if (is_widened(p)) {
+      kernel = sample_cluster<T, float, kSampleClusterAdjusted, true>;
+    } else if (is_adjusted(p)) {
+      kernel = sample_cluster<T, T, kSampleClusterAdjusted, true>;
+    }
+    const auto vectors = static_cast<uint32_t>(sample_stretch(&p, plan.variant));
+    const int64_t left = plan.shared_memory - sample_cluster_memory(&p, plan.variant);
+    const Shape shape{{vectors, static_cast<uint32_t>((uint64_t{1} << 32) / vectors + 1)},
+                      static_cast<uint32_t>(left / sizeof(Extra)),
+                      ((1u << kSampleInverseBits) + plan.variant - 1) / plan.variant};
+    return launch_clusters(kernel, plan, stream, p, settings_of(p), shape);
   });
 }
 

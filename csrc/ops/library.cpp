@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       ", bool causal=True, Tensor(d!)? out=None) -> (Tensor, Tensor)");
   m.def(
       "gqa_attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, *, "
-      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON ", Tensor(d!)? out=None) -> (Tensor, Tensor)");
+      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON
+      ", Tensor(d!)? out=None, bool static_prefix=False) -> (Tensor, Tensor)");
   m.def(
       "kv_cache_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cache_seqlens, "
       "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
@@ -64,4 +65,11 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       "Tensor? allowed_bitmask=None, Tensor? token_counts=None, Tensor? repetition_penalty=None, "
       "Tensor? frequency_penalty=None, Tensor? presence_penalty=None, bool return_logprob=False) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "decoder_step(Tensor hidden, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor[] q_proj, Tensor[] k_proj, "
+      "Tensor[] v_proj, Tensor[] o_proj, Tensor[] gate_proj, Tensor[] up_proj, Tensor[] down_proj, "
+      "Tensor[] input_norm, Tensor[] mlp_norm, Tensor norm, Tensor head, *, Tensor cache_seqlens, float eps, "
+      "Tensor? cache_leftpad=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor[]? q_bias=None, "
+      "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? q_norm=None, Tensor[]? k_norm=None, "
+      "float? softmax_scale=None, SymInt[]? window_left=None) -> Tensor");
 }

@@ -50,19 +50,24 @@ inline void check_residual(const char *op, const std::optional<Tensor> &residual
   check_same_device(op, "residual", *residual, "x", x);
 }
 
-// Whether the kernels take a call on CUDA; if not, the reason.
+// Whether the kernels take a call on CUDA, and their plan; if not, the reason.
 template <typename Params>
-const char *refusal(const Entry<Params> &entry, const Params &p, const Tensor &x) {
+const char *refusal(const Entry<Params> &entry, const Params &p, const Tensor &x, gqa_plan *plan) {
   gqa_device device = explain_device();
   if (!explaining()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     if (const gqa_status status = gqa_current_device(&device); status != GQA_STATUS_OK) fail_status(entry.name, status);
   }
-  gqa_plan plan{};
-  const gqa_status status = entry.plan(&p, &device, &plan);
+  const gqa_status status = entry.plan(&p, &device, plan);
   if (status == GQA_STATUS_OK) return nullptr;
   if (status != GQA_STATUS_UNSUPPORTED) fail_status(entry.name, status);
-  return plan.reason;
+  return plan->reason;
+}
+
+template <typename Params>
+const char *refusal(const Entry<Params> &entry, const Params &p, const Tensor &x) {
+  gqa_plan plan{};
+  return refusal(entry, p, x, &plan);
 }
 
 // The float8 weights times their scales, rounded to x's dtype once; they are themselves numbers of that dtype.

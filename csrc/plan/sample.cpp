@@ -1,5 +1,8 @@
 #include "plan/sample.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 #include "common/sampling_logits.h"
 #include "plan/plan.h"
 
@@ -10,15 +13,27 @@ bool is_readable(const gqa_index &index) {
   return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
 }
 
-// Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them; as float32 where
-// they are adjusted.
+// Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them.
 int64_t part_bytes(const gqa_sample_params *p, int64_t blocks) {
-  const int64_t vector = 16 / (sampling::is_adjusted(*p) ? 4 : dtype_size(p->dtype));
-  return ceil_div(ceil_div(p->vocab + vector - 1, vector), blocks) * 16;
+  return sample_stretch(p, blocks) * kSampleClusterColumns * 16;
 }
 
-int64_t cluster_memory(const gqa_sample_params *p, int64_t blocks) {
-  return kSampleClusterCells * int64_t{4} + part_bytes(p, blocks);
+// Threads that hold logits: more where a block's part is large or it has an SM for itself.
+int64_t workers_per_block(const gqa_sample_params *p, const gqa_device *device, int64_t blocks) {
+  if (sampling::is_adjusted(*p)) return kSampleClusterAdjusted;
+  const int64_t part = part_bytes(p, blocks);
+  const bool alone = p->rows * blocks <= device->num_sms && part >= 20 * 1024;
+  return alone || part > 56 * 1024 ? kSampleClusterMany : kSampleClusterFew;
+}
+
+int64_t room(const gqa_device *device) { return device->max_shared_memory - kSampleClusterStatic; }
+
+// For logits that penalties make, where the others are held as they are: a word of eight bytes each. Few are enough,
+// as more are looked for again.
+int64_t extra_memory(const gqa_sample_params *p, const gqa_device *device, int64_t blocks) {
+  if (!sampling::has_penalties(*p) || sampling::is_widened(*p)) return 0;
+  const int64_t left = (room(device) - sample_cluster_memory(p, blocks)) / 16 * 16;
+  return std::clamp<int64_t>(left, kSampleExtras / 8 * 8, kSampleExtras * 8);
 }
 
 // Two blocks for a row, or one where rows are many and short.
@@ -26,14 +41,19 @@ int64_t fewest_blocks(const gqa_sample_params *p, const gqa_device *device) {
   return p->rows * 2 <= device->num_sms || part_bytes(p, 1) >= 32 * 1024 ? 2 : 1;
 }
 
-// As many blocks for a row as leave every row one SM or more per block, of 8 KB of logits at least; or as many as it
-// takes to hold the row.
+// As many blocks for a row as find an SM each, of 8 KB of logits at least; or as many as it takes to hold the row.
 int64_t blocks_per_row(const gqa_sample_params *p, const gqa_device *device) {
-  // Clusters of 16 need an SM group that is whole: seven such are sure on a full device.
-  const int64_t largest = device->num_sms >= 112 && p->rows <= 7 ? 16 : 8;
   int64_t blocks = fewest_blocks(p, device);
-  while (blocks < largest && part_bytes(p, blocks) >= 16 * 1024 && p->rows * blocks * 2 <= device->num_sms) blocks *= 2;
-  while (blocks < 8 && cluster_memory(p, blocks) + kSampleClusterStatic > device->max_shared_memory) blocks *= 2;
+  for (const int64_t more : {2, 4, 6, 8, 16}) {
+    // A cluster lies in one group of SMs. On 132 there is room for 7 clusters of 16, 15 of 8, 20 of 6, 30 of 4, 66
+    // of 2.
+    const int64_t sure = more == 2 ? device->num_sms : device->num_sms * 10 / 11;
+    if (more == 16 && device->num_sms < 112) break;
+    if (part_bytes(p, more) >= 8 * 1024 && p->rows * more <= sure) blocks = more;
+  }
+  while (blocks < 8 && sample_cluster_memory(p, blocks) + extra_memory(p, device, blocks) > room(device)) {
+    blocks = std::min<int64_t>(8, blocks * 2);
+  }
   return blocks;
 }
 
@@ -45,6 +65,16 @@ int64_t greedy_blocks_per_row(const gqa_sample_params *p, const gqa_device *devi
 }
 
 }  // namespace
+
+int64_t sample_stretch(const gqa_sample_params *p, int64_t blocks) {
+  const int64_t vector = 16 / (sampling::is_widened(*p) ? 4 : dtype_size(p->dtype));
+  return std::max<int64_t>(ceil_div(ceil_div(p->vocab + vector - 1, vector), blocks * kSampleClusterColumns), 2);
+}
+
+int64_t sample_cluster_memory(const gqa_sample_params *p, int64_t blocks) {
+  const int64_t pitch = sample_stretch(p, blocks) | 1;
+  return kSampleClusterCells * int64_t{4} + kSampleClusterTold * blocks + pitch * kSampleClusterColumns * 16;
+}
 
 gqa_status check_params(const gqa_sample_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
@@ -84,12 +114,8 @@ gqa_status gqa_sample_plan(const gqa_sample_params *p, const gqa_device *device,
     }
     const int64_t blocks = gqa::blocks_per_row(p, device);
     if (p->rows * blocks > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
-    // One block to an SM where it holds much of a row: then more threads.
-    const int64_t shared_memory = gqa::cluster_memory(p, blocks);
-    const int64_t workers = adjusted                     ? gqa::kSampleClusterAdjusted
-                            : shared_memory > 100 * 1024 ? gqa::kSampleClusterMany
-                                                         : gqa::kSampleClusterFew;
-    const int64_t threads = workers + 32;
+    const int64_t shared_memory = gqa::sample_cluster_memory(p, blocks) + gqa::extra_memory(p, device, blocks);
+    const int64_t threads = gqa::workers_per_block(p, device, blocks) + 32;
     gqa::add_launch(plan, gqa::make_launch("sample", "sample_cluster", p->dtype, {p->rows * blocks}, {threads},
                                            shared_memory, static_cast<int32_t>(blocks)));
     plan->reason = adjusted ? "a cluster of blocks per row holds the row, adjusted, in shared memory"

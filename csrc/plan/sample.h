@@ -17,12 +17,21 @@ constexpr int kSampleColumns = 64;
 // warps divide 128256 logits in two evenly.
 constexpr int kSampleClusterColumns = 32;
 constexpr int kSampleClusterBins = 352;
-constexpr int kSampleClusterCells = (kSampleClusterBins + 1) * kSampleClusterColumns;  // one for no mass
-constexpr int kSampleClusterStatic = 12 * 1024;  // bytes its static shared memory stays below
+constexpr int kSampleClusterCells = (kSampleClusterBins + 1 + 2 * 65) * kSampleClusterColumns;  // rows of words
+constexpr int kSampleClusterTold = 1024;         // bytes that a block tells each other of digits, in two rounds
+constexpr int kSampleClusterStatic = 11 * 1024;  // bytes its static shared memory stays below
+constexpr int kSampleInverseBits = 31;
 constexpr int kSampleClusterFew = 512, kSampleClusterMany = 896;
 
-// Where logits are adjusted as they are read: fewer threads, with registers for what is read beside them.
-constexpr int kSampleClusterAdjusted = 768;
+// Where logits are adjusted as they are read: fewer threads, with registers for what is read beside them; and the most
+// adjusted logits that a block holds apart.
+constexpr int kSampleClusterAdjusted = 672;
+constexpr int kSampleExtras = 4096;
+
+// Vectors of 16 bytes in one of the 32 stretches that each of `blocks` cuts its part of a row into; and the dynamic
+// shared memory of a block.
+int64_t sample_stretch(const gqa_sample_params *p, int64_t blocks);
+int64_t sample_cluster_memory(const gqa_sample_params *p, int64_t blocks);
 
 // At temperature 0 for all rows: only the largest logit is looked for.
 constexpr int kSampleGreedyThreads = 512;

@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from support.guard import same_bytes
+
+
+def lacks_sm90() -> bool:
+    """Whether the GPU is one that decoder_step, which has no portable kernel, refuses."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
+
+
+def require_sm90() -> None:
+    if lacks_sm90():
+        pytest.skip("no sm_90")
 
 
 def opcheck(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, skip: str = "") -> None:

@@ -1,7 +1,7 @@
 // The bins of the whole row: how the cluster sums its blocks' histograms, and what the sums answer.
 #pragma once
 
-#include "cuda/sample_sm90/cluster_shared.cuh"
+#include "cuda/sample_sm90/exchange.cuh"
 
 namespace gqa::cuda {
 
@@ -18,42 +18,46 @@ __device__ __forceinline__ u64 sum_of_row(const uint32_t (&columns)[kColumns], u
 }
 
 // Each bin's sum goes to the block that sums its group, and as the least entry's what min-p keeps of its bin.
-// Leaves select's cells at zero.
 __device__ __forceinline__ void scatter_sums(const Exchange &exchange, uint32_t least_bin, Shared *shared,
-                                             Cells *cells) {
+                                             const Cells &cells) {
   const uint32_t bin = threadIdx.x;
   if (bin >= kBinEntries) return;
-  u64 sum = sum_of_row(cells->histogram[bin == kLeastEntry && least_bin < kBins ? least_bin : bin], bin);
-  if (bin == least_bin) sum += sum_of_row(cells->histogram[kLeastEntry], bin);
-  const uint32_t entries = kBinEntries >> exchange.log_blocks(), to = bin / kGroupBins * exchange.blocks / kGroups;
-  exchange.send(to, shared->slots + exchange.rank * entries + bin - to * entries, kScatter, sum);
-  meet<kBinEntries>(kSummed);
-  if (bin >= 2 * (kDigits + 1)) return;
-  uint4 *row = reinterpret_cast<uint4 *>(cells->histogram[bin]);
-#pragma unroll
-  for (int i = 0; i < kColumns / 4; ++i) row[(i + bin) % (kColumns / 4)] = make_uint4(0, 0, 0, 0);
+  u64 sum = sum_of_row(cells.histogram[bin == kLeastEntry && least_bin < kBins ? least_bin : bin], bin);
+  if (bin == least_bin) sum += sum_of_row(cells.histogram[kLeastEntry], bin);
+  const uint32_t group = bin / kGroupBins, place = exchange.place_of(group);
+  const uint32_t slot = exchange.rank * exchange.most_groups() + place;
+  exchange.send(group - place * exchange.blocks, shared->slots + slot * kGroupBins + bin % kGroupBins, kScatter, sum);
 }
 
-// One warp sums a group of bins over the blocks and tells all of them.
-__device__ __forceinline__ void gather_bins(const Exchange &exchange, uint32_t group, uint32_t groups, Shared *shared) {
-  exchange.receive(kScatter);
+// One warp sums the block's group of bins at this place over the blocks and tells every `warps`-th of them, from
+// `first` on.
+__device__ __forceinline__ void gather_bins(const Exchange &exchange, uint32_t place, uint32_t first, uint32_t warps,
+                                            Shared *shared) {
   const bool holds = lane() < kGroupBins;
-  const uint32_t bin = (exchange.rank * groups + group) * kGroupBins + lane();
-  const u64 *slot = shared->slots + group * kGroupBins + lane();
+  const uint32_t bin = (place * exchange.blocks + exchange.rank) * kGroupBins + lane();
+  const uint32_t step = exchange.most_groups() * kGroupBins;
+  const u64 *slot = shared->slots + place * kGroupBins + lane();
+  exchange.receive(kScatter);
   u64 sum = 0;
   if (holds) {
-#pragma unroll
-    for (uint32_t i = 0; i < kMaxBlocks; ++i) sum += i < exchange.blocks ? slot[i * groups * kGroupBins] : 0;
+#pragma unroll 4
+    for (uint32_t i = 0; i < exchange.blocks; ++i, slot += step) sum += *slot;
   }
   const bool is_bin = holds && bin < kBins;
   const u64 sums = running_sum(is_bin ? sum : 0), masses = running_sum(is_bin ? bin_mass(sum, bin) : 0);
   if (!holds) return;
-#pragma unroll 4
-  for (uint32_t to = 0; to < exchange.blocks; ++to) {
+#pragma unroll 2
+  for (uint32_t to = first; to < exchange.blocks; to += warps) {
     exchange.send(to, shared->bins + bin, kGather, sums, masses);
     if (bin == kLeastEntry) exchange.send(to, shared->bins + kBinEntries, kGather, sum, u64{0});
   }
 }
+
+// A bin, and the mass before it and up to its end.
+struct Place {
+  uint32_t bin;
+  uint64_t before, end;
+};
 
 // For one warp, once all groups of bins have arrived.
 class Bins {
@@ -62,43 +66,49 @@ class Bins {
 
   __device__ __forceinline__ void add_up() {
     const Running of_group = lane() < kGroups ? bins_[lane() * kGroupBins + kGroupBins - 1] : Running{0, 0};
-    groups_ = {running_sum<kGroups>(of_group.sum), running_sum<kGroups>(of_group.mass)};
+    before_ = {running_sum(of_group.sum) - of_group.sum, running_sum(of_group.mass) - of_group.mass};
   }
 
   __device__ __forceinline__ uint64_t sum(uint32_t bin) const {
     return bins_[bin].sum - (bin % kGroupBins == 0 ? 0 : bins_[bin - 1].sum);
   }
 
+  // Of all bins up to this one, it included.
+  __device__ __forceinline__ uint64_t sum_to(uint32_t bin) const {
+    return __shfl_sync(kAll, before_.sum, bin / kGroupBins) + bins_[bin].sum;
+  }
+
   // Of all bins before this one.
   __device__ __forceinline__ Running before(uint32_t bin) const {
     const uint32_t group = bin / kGroupBins;
-    Running sums{__shfl_sync(kAll, groups_.sum, group - 1), __shfl_sync(kAll, groups_.mass, group - 1)};
-    if (group == 0) sums = {0, 0};
+    const Running sums{__shfl_sync(kAll, before_.sum, group), __shfl_sync(kAll, before_.mass, group)};
     if (bin % kGroupBins == 0) return sums;
     const Running of_group = bins_[bin - 1];
     return {sums.sum + of_group.sum, sums.mass + of_group.mass};
   }
 
-  // The first bin at which the running sum of m reaches need; kBins where none does.
-  __device__ __forceinline__ Found find_sum(u64 need) const { return find(groups_.sum, &Running::sum, need); }
+  __device__ __forceinline__ uint64_t mass() const { return __shfl_sync(kAll, before_.mass, kGroups); }
 
   __device__ __forceinline__ uint64_t mass_of(const Kept &kept) const {
-    if (kept.bin >= kBins) return __shfl_sync(kAll, groups_.mass, kGroups - 1);
-    return before(kept.bin).mass + bin_mass(kept.sum, kept.bin);
+    return kept.bin >= kBins ? mass() : before(kept.bin).mass + bin_mass(kept.sum, kept.bin);
   }
+
+  // The first bin at which the running mass reaches this; kBins where none does.
+  __device__ __forceinline__ Place find_mass(uint64_t need) const { return find(before_.mass, &Running::mass, need); }
 
   __device__ __forceinline__ Found find_kept(const Kept &kept, uint64_t mass) const {
     if (kept.bin < kBins) {
       const uint64_t whole = before(kept.bin).mass;
       if (mass > whole) return {kept.bin, whole};
     }
-    return find(groups_.mass, &Running::mass, mass);
+    const Place place = find_mass(mass);
+    return {place.bin, place.before};
   }
 
   // Sums of m bound a count from both sides: the last of the k tokens lies in few bins, mostly one.
   __device__ __forceinline__ Span span_of_count(uint64_t top_k) const {
-    const Found from = find_sum(top_k * kLeastM);
-    return {from, min(find_sum(top_k * kMostM).bin, kBins - 1), top_k};
+    const Place from = find_sum(top_k * kLeastM);
+    return {{from.bin, from.before}, min(find_sum(top_k * kMostM).bin, kBins - 1), top_k};
   }
 
   __device__ __forceinline__ Span span_of_share(const Kept &kept, uint64_t top_p) const {
@@ -108,19 +118,21 @@ class Bins {
   }
 
  private:
-  __device__ __forceinline__ Found find(u64 groups, u64 Running::*of, u64 need) const {
-    const uint32_t reached = __ballot_sync(kAll, lane() < kGroups && groups >= need);
-    if (reached == 0) return {kBins, 0};
-    const uint32_t group = __ffs(reached) - 1;
-    const u64 earlier = __shfl_sync(kAll, groups, group - 1), base = group == 0 ? 0 : earlier;
+  __device__ __forceinline__ Place find_sum(uint64_t need) const { return find(before_.sum, &Running::sum, need); }
+
+  __device__ __forceinline__ Place find(u64 before, u64 Running::*of, u64 need) const {
+    const uint32_t reached = __ballot_sync(kAll, lane() - 1 < kGroups && before >= need);
+    if (reached == 0) return {kBins, 0, 0};
+    const uint32_t group = __ffs(reached) - 2;
+    const u64 base = __shfl_sync(kAll, before, group);
     const u64 running = base + bins_[group * kGroupBins + min(lane(), kGroupBins - 1u)].*of;
     const uint32_t at = __ffs(__ballot_sync(kAll, running >= need)) - 1;
     const u64 below = __shfl_sync(kAll, running, at - 1);
-    return {group * kGroupBins + at, at == 0 ? base : below};
+    return {group * kGroupBins + at, at == 0 ? base : below, __shfl_sync(kAll, running, at)};
   }
 
   const Running *bins_;
-  Running groups_{};  // lane i has the totals of the groups up to the i-th
+  Running before_{};  // lane i has the totals of the groups before the i-th
 };
 
 }  // namespace gqa::cuda

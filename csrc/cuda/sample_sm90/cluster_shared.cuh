@@ -3,8 +3,7 @@
 #pragma once
 
 #include "common/sampling_draw.h"
-#include "cuda/common/cluster.cuh"
-#include "cuda/common/mbarrier.cuh"
+#include "cuda/common/vec.cuh"
 #include "plan/sample.h"
 
 namespace gqa::cuda {
@@ -14,21 +13,28 @@ using u64 = unsigned long long;
 
 constexpr uint32_t kAll = 0xffffffffu;
 constexpr int kMaxBlocks = 16;
-constexpr int kColumns = kSampleClusterColumns;
+constexpr int kColumns = kSampleClusterColumns;  // of a histogram: one a stretch of a block's part, and a lane
 constexpr int kBinEntries = kSampleClusterBins;
 constexpr int kGroups = 16;  // of bins, each summed by one warp
 constexpr int kGroupBins = kBinEntries / kGroups;
+constexpr int kMaxSlots = 21 * kGroupBins;    // 7 blocks with up to 3 groups each
 constexpr int kLeastEntry = kBinEntries - 1;  // after the bins, for the bin in which min-p ends
 constexpr int kNoRow = kBinEntries;           // of the histogram: for tokens without mass
 constexpr int kDigits = 64;                   // of the key, told apart in one round of select
 constexpr int kDigitBits = 6;
-constexpr int kFew = 128;        // tokens that one block can sort out by itself
-constexpr int kCountShift = 40;  // a word counts above bit 40 and sums m below it
+constexpr int kFew = 128;  // tokens that one block can sort out by itself
+constexpr int kOfExtras = 31;
+constexpr uint32_t kRow = kColumns * sizeof(uint32_t);
+constexpr int kCountShift = 40;  // a word counts above bit 40 and sums m below it,
+constexpr int kFlagShift = 59;   // and above that it says how many blocks have extras among those tokens
+constexpr uint32_t kExtraFlag = 1u << 20, kCountOfCell = kExtraFlag - 1;  // and so does a cell that counts
 static_assert(kGroups * kGroupBins == kBinEntries && kLeastEntry >= static_cast<int>(kBins));
 static_assert(kGroupBins <= 32 && kGroups <= 32);
 
 __device__ __forceinline__ uint64_t sum_of(u64 word) { return word & ((u64{1} << kCountShift) - 1); }
-__device__ __forceinline__ uint64_t count_of(u64 word) { return word >> kCountShift; }
+__device__ __forceinline__ uint64_t count_of(u64 word) {
+  return word << (64 - kFlagShift) >> (64 - kFlagShift + kCountShift);
+}
 
 // Of a group's bins, from its first to this one.
 struct alignas(16) Running {
@@ -39,14 +45,14 @@ struct alignas(16) Running {
 constexpr float kUnit = 0x1p23f;
 constexpr uint32_t kUnits = 0x4b000000u;
 
-// Digits of the key: (high - key) >> shift.
+// Digits of the key: (high - key) >> shift. Bits below those in which the row's type can differ are ones in `high`.
 struct Digits {
   uint32_t high, shift;
 };
 
 // A pass over the logits that the controller asks of the workers.
 struct Order {
-  enum Kind { kSelect, kPick, kCollect, kFirst } kind;
+  enum Kind { kSelect, kCollect, kFirst, kDone } kind;
   float least, most;      // exponents, both included
   float lowest, highest;  // logits, both included
   Digits digits;
@@ -69,11 +75,11 @@ enum Message { kEnds, kNumbers, kScatter, kGather, kParts, kRound, kList = kRoun
 struct Shared {
   u64 barriers[kMessages];
   Running bins[kBinEntries + 1];  // the last: what min-p keeps of its bin
-  u64 slots[kBinEntries];         // [block][bins of the groups that this block sums]
+  u64 slots[kMaxSlots];           // [block][groups that this block sums][bin]
   u64 parts[kMaxBlocks];
   u64 ends[kMaxBlocks], numbers[kMaxBlocks];
-  u64 of_warp[32];  // the controller's is the last
-  uint32_t listed;  // tokens of this block
+  u64 of_warp[32];          // ends, or what is looked for; of the ends one is the controller's and one that of extras
+  uint32_t listed, extras;  // tokens of this block
   Settings settings;
   Random random;
   Span span;
@@ -81,25 +87,35 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= kSampleClusterStatic);
 
-// Dynamic shared memory ahead of the logits: the histogram, one column a lane. Once its sums are out, select uses
-// its first rows and receives in the rest; then pick leaves the sums of its chunks there.
-union Cells {
-  uint32_t histogram[kBinEntries + 1][kColumns];
-  struct {
-    uint32_t sums[kDigits + 1][kColumns], counts[kDigits + 1][kColumns];  // the last row for tokens to leave out
-    u64 slots[2][kMaxBlocks][kDigits];
-  } select;
-  struct {
-    uint32_t of_select[2 * (kDigits + 1)][kColumns];
-    u64 sent[kMaxBlocks][kFew], list[kFew], sorted[kFew], masses[kFew];
-    uint32_t m[kFew], bins[kFew], sums[kFew];
-  } few;
-  uint32_t chunk_sums[2048];
+// Dynamic shared memory ahead of what the blocks tell of digits, and of the logits. Sums of m, or numbers of tokens: a
+// row a bin or a digit, a column a stretch, so that they say where a token lies. The list needs no histogram.
+struct Cells {
+  union {
+    uint32_t histogram[kBinEntries + 1][kColumns];
+    struct {
+      u64 sent[kMaxBlocks][kFew], list[kFew], sorted[kFew], masses[kFew];
+      uint32_t m[kFew], bins[kFew], sums[kFew];
+    } few;
+  };
+  uint32_t sums[kDigits + 1][kColumns], counts[kDigits + 1][kColumns];  // the last row for tokens to leave out
+
+  // What a block told in a round that uses this slot.
+  __device__ __forceinline__ u64 *told(uint32_t slot, uint32_t blocks, uint32_t rank) {
+    return reinterpret_cast<u64 *>(this + 1) + (slot * blocks + rank) * kDigits;
+  }
 };
-static_assert(sizeof(Cells) == kSampleClusterCells * sizeof(uint32_t));
+static_assert(sizeof(Cells) == kSampleClusterCells * sizeof(uint32_t) &&
+              kSampleClusterTold == 2 * kDigits * sizeof(u64));
 
 __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ uint32_t warp() { return threadIdx.x / 32; }
+
+// The lane's word. Its address is worked out anew: kept for the next time it would cost a register throughout.
+__device__ __forceinline__ u64 own_word(const u64 *words) {
+  uint32_t at = lane();
+  asm volatile("" : "+r"(at));
+  return words[at];
+}
 
 template <uint32_t kLanes = 32>
 __device__ __forceinline__ u64 running_sum(u64 value) {
@@ -111,14 +127,23 @@ __device__ __forceinline__ u64 running_sum(u64 value) {
   return value;
 }
 
+__device__ __forceinline__ u64 sum_of_lanes(uint32_t value) {
+  return (u64{__reduce_add_sync(kAll, value >> 16)} << 16) + __reduce_add_sync(kAll, value & 0xffffu);
+}
+
 // The largest of the warp's upper halves, and of its lower halves.
 __device__ __forceinline__ u64 max_of_halves(u64 word) {
   const uint32_t high = __reduce_max_sync(kAll, static_cast<uint32_t>(word >> 32));
   return u64{high} << 32 | __reduce_max_sync(kAll, static_cast<uint32_t>(word));
 }
 
+// An address in shared memory as a number: computed in one step from the bits that hold a bin or a digit.
+__device__ __forceinline__ void add_shared(uint32_t address, uint32_t value) {
+  asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
 // Named barriers of the block.
-enum Meeting { kOrdered = 1, kWorkers, kPassed, kSummed };
+enum Meeting { kOrdered = 1, kWorkers, kPassed, kWeighed };
 
 template <int kThreads>
 __device__ __forceinline__ void meet(Meeting meeting) {
@@ -129,46 +154,5 @@ template <int kThreads>
 __device__ __forceinline__ void announce(Meeting meeting) {
   asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(meeting)), "n"(kThreads) : "memory");
 }
-
-class Exchange {
- public:
-  __device__ explicit Exchange(Shared *shared) : rank(cluster_rank()), blocks(cluster_size()), shared_(*shared) {}
-
-  // For one thread; the cluster's barrier must come between it and the first push.
-  __device__ void open() const {
-    const uint32_t bytes[kList] = {blocks * 8, blocks * 8,           kBinEntries * 8,     (kBinEntries + 1) * 16,
-                                   blocks * 8, blocks * kDigits * 8, blocks * kDigits * 8};
-#pragma unroll
-    for (int i = 0; i < kMessages; ++i) {
-      mbarrier_init(barrier(i), 1);
-      if (i < kList) mbarrier_arrive_expect(barrier(i), bytes[i]);
-    }
-    mbarrier_fence_init();
-  }
-
-  template <typename... Values>
-  __device__ __forceinline__ void send(uint32_t to, const void *at, int message, Values... values) const {
-    push(map_to_rank(static_cast<uint32_t>(__cvta_generic_to_shared(at)), to), values...,
-         map_to_rank(barrier(message), to));
-  }
-
-  __device__ __forceinline__ void receive(int message, uint32_t parity = 0) const {
-    mbarrier_wait_cluster(barrier(message), parity);
-  }
-
-  __device__ uint32_t log_blocks() const { return (blocks > 1) + (blocks > 2) + (blocks > 4) + (blocks > 8); }
-
-  // For one thread.
-  __device__ void expect(int message, uint32_t bytes) const { mbarrier_arrive_expect(barrier(message), bytes); }
-
-  const uint32_t rank, blocks;
-
- private:
-  __device__ uint32_t barrier(int message) const {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared_.barriers + message));
-  }
-
-  Shared &shared_;
-};
 
 }  // namespace gqa::cuda

@@ -1,7 +1,7 @@
 // Where few tokens can be kept: one block has them sent to it, sorts them and decides alone.
 #pragma once
 
-#include "cuda/sample_sm90/cluster_shared.cuh"
+#include "cuda/sample_sm90/exchange.cuh"
 
 namespace gqa::cuda {
 
@@ -14,7 +14,17 @@ __device__ __forceinline__ uint32_t token_of(u64 word) { return ~static_cast<uin
 
 // How many tokens the blocks listed, up to this lane's.
 __device__ __forceinline__ uint32_t running_counts(const Exchange &exchange, const Shared &shared) {
-  return static_cast<uint32_t>(running_sum<kMaxBlocks>(lane() < exchange.blocks ? shared.parts[lane()] : 0));
+  return static_cast<uint32_t>(running_sum<kMaxBlocks>(lane() < exchange.blocks ? own_word(shared.parts) : 0));
+}
+
+// One warp tells the first block how many tokens this one listed; there, of all blocks, once the list is opened.
+__device__ __forceinline__ uint32_t count_list(const Exchange &exchange, Shared *shared) {
+  if (lane() == 0) exchange.send(0, shared->parts + exchange.rank, kParts, u64{shared->listed});
+  if (exchange.rank != 0) return 0;
+  exchange.receive(kParts);
+  const uint32_t count = __shfl_sync(kAll, running_counts(exchange, *shared), exchange.blocks - 1);
+  if (lane() == 0) exchange.expect(kList, count * sizeof(u64));
+  return count;
 }
 
 // The workers of the first block put the list in order and weigh it.

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/sample_sm90/bins.cuh"
-#include "cuda/sample_sm90/part.cuh"
+#include "cuda/sample_sm90/pick.cuh"
 
 namespace gqa::cuda {
 
@@ -19,12 +19,15 @@ __device__ __forceinline__ float most_of_bin(uint32_t bin) {
 
 template <typename T, int kThreads>
 class Orders {
+  static constexpr int kBits = kConstantBits<T>;
+
  public:
   __device__ Orders(const Exchange &exchange, Shared *shared, Cells *cells)
       : exchange_(exchange), shared_(*shared), cells_(*cells) {}
 
   __device__ __forceinline__ void set_scale(float max, float scale, float least) {
     max_ = max;
+    scale_ = scale;
     inverse_ = div(1.0f, scale);
     least_ = exponent_of(least, max, scale);
   }
@@ -55,36 +58,47 @@ class Orders {
   // with them; or, not by count, have at least the mass. A histogram of 64 digits a round, summed over the cluster and
   // walked down from its largest key. Digits are six bits of the key; where the bins hold many keys, near zero, the
   // first are equal steps of the exponent, down to the row's least.
-  __device__ __forceinline__ Selected select(uint32_t from, uint32_t to, bool by_count, uint64_t wanted) {
-    constexpr int kBits = kConstantBits<T>;
-    const auto reaches = [&](u64 word) { return (by_count ? count_of(word) : bin_mass(sum_of(word), from)) >= wanted; };
+  __device__ __forceinline__ void begin(uint32_t from, uint32_t to, bool by_count) {
     Order &order = shared_.order;
     write(Order::kSelect, from, to);
     order.counts = order.counts_above = by_count;
     order.within = kAll;
-    Digits digits = by_key(by_count);
+    const Digits digits = by_key(by_count);
     const float range = sub(order.most, fmaxf(order.least, least_));
-    bool by_exponent = digits.shift > 0 && range > 0x1p-40f;
-    if (by_exponent) {
+    order.by_exponent = digits.shift > kBits && range > 0x1p-40f;
+    if (order.by_exponent) {
       order.steps = div(by_count ? kDigits - 2.0f : kDigits - 1.0f, range);
       order.first = by_count ? kUnit + 1.0f : kUnit;
     }
+    order.digits = digits;
     __syncwarp();  // all have read the limits
     if (by_count) order.highest = INFINITY;
+    selected_ = 0;
+    if (rounds_ != 0) clear_digits();
+    give();
+  }
+
+  // The first round's answer, unread.
+  __device__ __forceinline__ void skip() {
+    meet<kThreads + 32>(kPassed);
+    exchange_.receive(kRound);
+  }
+
+  __device__ __forceinline__ Selected finish(uint32_t from, bool by_count, uint64_t wanted) {
+    const auto reaches = [&](u64 word) { return (by_count ? count_of(word) : bin_mass(sum_of(word), from)) >= wanted; };
+    Order &order = shared_.order;
     u64 kept = 0;
     for (;;) {
-      order.digits = digits;
-      order.by_exponent = by_exponent;
-      give();
       const uint32_t slot = rounds_ % 2;
+      meet<kThreads + 32>(kPassed);
       exchange_.receive(kRound + slot, rounds_ / 2 % 2);
       if (lane() == 0) exchange_.expect(kRound + slot, exchange_.blocks * kDigits * 8);
       ++rounds_;
       u64 first = 0, second = 0;
-#pragma unroll
-      for (uint32_t i = 0; i < kMaxBlocks; ++i) {
-        if (i >= exchange_.blocks) continue;
-        const ulonglong2 both = *reinterpret_cast<const ulonglong2 *>(cells_.select.slots[slot][i] + 2 * lane());
+#pragma unroll 4
+      for (uint32_t i = 0; i < exchange_.blocks; ++i) {
+        const ulonglong2 both =
+            *reinterpret_cast<const ulonglong2 *>(cells_.told(slot, exchange_.blocks, i) + 2 * lane());
         first += both.x;
         second += both.y;
       }
@@ -97,25 +111,57 @@ class Orders {
       const u64 with = __shfl_sync(kAll, in_first ? middle : end, at);
       const u64 of_digit = __shfl_sync(kAll, in_first ? first : second, at);
       kept = with - of_digit;
-      order.counts_above = false;
+      const bool by_exponent = order.by_exponent;
+      Digits digits = order.digits;
+      const bool is_value = digits.shift <= kBits && of_digit >> kFlagShift == 0;  // one of the row's type
+      const bool ends = !by_exponent && (is_value || digits.shift == 0 || sum_of(of_digit) < 2 * kLeastM);
+      selected_ += sum_of_digits(digit + ends);
+      digits.high -= digit << digits.shift;
+      if (ends) return {true, digits.high - (1u << digits.shift) + 1, with};
       if (by_exponent) {
         const float step = div(1.0f, order.steps), steps = static_cast<float>(digit) - (order.first - kUnit);
-        order.highest = highest_for(fminf(order.most, sub(order.most, mul(steps - 0.5f, step))));
-        order.lowest = lowest_for(fmaxf(order.least, sub(order.most, mul(steps + 0.5f, step))));
+        const float most = fminf(order.most, sub(order.most, mul(steps - 0.5f, step)));
+        const float least = fmaxf(order.least, sub(order.most, mul(steps + 0.5f, step)));
+        __syncwarp();
+        order.highest = highest_for(most);
+        order.lowest = lowest_for(least);
         order.within = digit;
-        by_exponent = false;
         digits = by_key(false);
-        continue;
+      } else {
+        digits.shift = max(static_cast<int>(digits.shift) - kDigitBits, digits.shift > kBits ? kBits : 0);
       }
-      digits.high -= digit << digits.shift;
-      if (digits.shift == 0 || sum_of(of_digit) < 2 * kLeastM) {
-        return {true, (digits.high - (1u << digits.shift) + 1) << kBits, with};
-      }
-      digits.shift = max(static_cast<int>(digits.shift) - kDigitBits, 0);
+      order.counts_above = order.by_exponent = false;
+      order.digits = digits;
+      clear_digits();
+      give();
     }
   }
 
+  // What the last select found, of the lane's stretch of this block.
+  __device__ __forceinline__ uint32_t selected() const { return selected_; }
+
+  // What may be picked of a bin.
+  __device__ __forceinline__ Pickable pickable(uint32_t bin) const {
+    const float most = most_of_bin(bin), least = least_of_bin(bin);
+    return {least, most, lowest_for(least), highest_for(most)};
+  }
+
  private:
+  // What this block added to the digits before `end`, of the lane's stretch.
+  __device__ __forceinline__ uint32_t sum_of_digits(uint32_t end) const {
+    uint32_t sum = 0;
+#pragma unroll 4
+    for (uint32_t digit = 0; digit < end; ++digit) sum += cells_.sums[digit][lane()];
+    return sum;
+  }
+
+  __device__ __forceinline__ void clear_digits() const {
+    uint4 *cells = reinterpret_cast<uint4 *>(cells_.sums);
+    __syncwarp();
+#pragma unroll 4
+    for (uint32_t i = lane(); i < 2 * (kDigits + 1) * kColumns / 4; i += 32) cells[i] = make_uint4(0, 0, 0, 0);
+  }
+
   // Logits a little beyond all that have an exponent up to `most`, or from `least`.
   __device__ __forceinline__ float highest_for(float most) const {
     return key_to_logit(min(key(add(max_, mul(mul(most, inverse_), 0.999998f))) + 2, kInfinityKey));
@@ -127,9 +173,9 @@ class Orders {
 
   // For the order's logits; the first digit for those above, where they count.
   __device__ __forceinline__ Digits by_key(bool counts_above) const {
-    const uint32_t high = key(shared_.order.highest) >> kConstantBits<T>;
-    const uint32_t range = high - (key(shared_.order.lowest) >> kConstantBits<T>);
-    uint32_t shift = max(32 - __clz(range) - kDigitBits, 0);
+    const uint32_t high = key(shared_.order.highest) | ((1u << kBits) - 1);
+    const uint32_t range = high - (key(shared_.order.lowest) & ~((1u << kBits) - 1));
+    uint32_t shift = max(32 - __clz(range) - kDigitBits, kBits + 0);
     if (!counts_above) return {high, shift};
     if (range >> shift == kDigits - 1) ++shift;
     return {high + (1u << shift), shift};
@@ -138,8 +184,8 @@ class Orders {
   const Exchange &exchange_;
   Shared &shared_;
   Cells &cells_;
-  float max_ = 0, inverse_ = 0, least_ = 0;
-  uint32_t rounds_ = 0;
+  float max_ = 0, scale_ = 0, inverse_ = 0, least_ = 0;
+  uint32_t rounds_ = 0, selected_ = 0;
 };
 
 }  // namespace gqa::cuda

@@ -64,7 +64,8 @@ struct Extent<float> {
   }
 };
 
-// Which elements lie in [low, high], as bits; that a few outside pass does no harm. element() is that of a bit.
+// Which elements lie in [low, high], as bits of 0xf000f; that a few outside pass does no harm. element() is that of a
+// bit, also where it is shifted by a multiple of four within its half.
 template <typename T>
 struct Window {
   uint32_t low, high;
@@ -84,7 +85,7 @@ struct Window {
     return (in(w.x) & 0x10001u) | (in(w.y) & 0x20002u) | (in(w.z) & 0x40004u) | (in(w.w) & 0x80008u);
   }
 
-  __device__ static int element(int bit) { return bit % 16 * 2 + bit / 16; }
+  __device__ static int element(int bit) { return bit % 4 * 2 + bit / 16; }
 
  private:
   __device__ __forceinline__ uint32_t in(uint32_t pair) const {
@@ -113,7 +114,7 @@ struct Window<float> {
     return found;
   }
 
-  __device__ static int element(int bit) { return bit; }
+  __device__ static int element(int bit) { return bit % 4; }
 };
 
 }  // namespace gqa::cuda

@@ -4,14 +4,15 @@
 #include "cuda/sample_sm90/bins.cuh"
 #include "cuda/sample_sm90/digits.cuh"
 #include "cuda/sample_sm90/few.cuh"
+#include "cuda/sample_sm90/histogram.cuh"
 
 namespace gqa::cuda {
 
-// m of a token that the order asks for, else 0.
-__device__ __forceinline__ uint32_t weight_in(const Order &order, float z, float max, float scale) {
-  const float t = exponent_of(z, max, scale);
-  const uint32_t m = weigh_unchecked(t).m;
-  return t >= order.least && t <= order.most && z >= order.lowest ? m : 0;
+template <int kThreads, int kRows>
+__device__ __forceinline__ void clear_cells(uint32_t (&cells)[kRows][kColumns]) {
+  uint4 *quads = reinterpret_cast<uint4 *>(cells);
+#pragma unroll 2
+  for (int i = threadIdx.x; i < kRows * kColumns / 4; i += kThreads) quads[i] = make_uint4(0, 0, 0, 0);
 }
 
 template <typename T, int kThreads>
@@ -23,17 +24,9 @@ class Worker {
   __device__ Worker(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells)
       : exchange_(exchange), part_(part), shared_(*shared), cells_(*cells) {}
 
-  // Leaves the largest and least key of each warp. read(meanwhile) fills the part.
-  template <typename F>
-  __device__ __forceinline__ void load(F &&read) {
-    const auto clear = [&] {
-      uint4 *cells = reinterpret_cast<uint4 *>(&cells_);
-#pragma unroll 1
-      for (int i = threadIdx.x; i < static_cast<int>(sizeof(Cells) / 16); i += kThreads) {
-        cells[i] = make_uint4(0, 0, 0, 0);
-      }
-    };
-    const u64 ends = max_of_halves(read(clear).ends());
+  // Leaves the largest and least key of each warp.
+  __device__ __forceinline__ void tell_ends(u64 ends) {
+    ends = max_of_halves(ends);
     if (lane() == 0) shared_.of_warp[warp()] = ends;
   }
 
@@ -41,24 +34,33 @@ class Worker {
   __device__ __forceinline__ void find_numbers() {
     uint32_t largest = 0;
     for_each_token([&](int, float z) { largest = max(largest, key(z)); });
-    const u64 ends = max_of_halves(ends_of(largest, 0));
-    if (lane() == 0) shared_.of_warp[warp()] = ends;
+    tell_ends(ends_of(largest, 0));
   }
 
   // The histogram, summed over the cluster.
   __device__ __forceinline__ void weigh_all(const Settings &s, float max) {
-    max_ = max;
     scale_ = s.scale;
-    if (max == INFINITY) settle_infinities();
-    if (s.least_exponent > -64.0f) {
-      add_weights<true>(s.least_exponent);
+    max_ = max;
+    if (max == INFINITY) {
+      settle_infinities(&part_);
+      max_ = 0.0f;
+    }
+    const float least = s.least_exponent;
+    if (least > -64.0f) {
+      add_weights<true>(part_, &cells_, max_, scale_, least);
     } else {
-      add_weights<false>(-64.0f);
+      add_weights<false>(part_, &cells_, max_, scale_, least);
     }
     meet<kThreads>(kWorkers);
-    scatter_sums(exchange_, s.least_exponent > -64.0f ? weigh(s.least_exponent).bin : kBinEntries, &shared_, &cells_);
-    const uint32_t groups = kGroups >> exchange_.log_blocks();
-    if (warp() < groups) gather_bins(exchange_, warp(), groups, &shared_);
+    scatter_sums(exchange_, least > -64.0f ? weigh(least).bin : kBinEntries, &shared_, cells_);
+    announce<kThreads + 32>(kWeighed);
+    // The last warps are the first to be done.
+    const uint32_t groups = exchange_.groups(), of_each = groups * 4 <= kWarps ? 4 : 1, from_last = kWarps - 1 - warp();
+    if (from_last < groups * of_each) {
+      gather_bins(exchange_, from_last / of_each, from_last % of_each, of_each, &shared_);
+    }
+    clear_cells<kThreads>(cells_.sums);
+    clear_cells<kThreads>(cells_.counts);
   }
 
   __device__ __forceinline__ void serve() {
@@ -76,13 +78,12 @@ class Worker {
         } else {
           order.by_exponent ? add(yes, no) : add(no, no);
         }
-        meet<kThreads>(kWorkers);
+        meet<kThreads + 32>(kPassed);
         share_digits(exchange_, round % 2, &cells_);
         continue;
       }
-      if (order.kind == Order::kPick) {
-        sum_chunks(order);
-      } else if (order.kind == Order::kCollect) {
+      if (order.kind == Order::kDone) return;
+      if (order.kind == Order::kCollect) {
         collect(order);
         announce<kThreads + 32>(kPassed);
         if (exchange_.rank != 0) return;
@@ -96,35 +97,6 @@ class Worker {
   }
 
  private:
-  // Adds up the histogram. With kLeast the tokens below `least` in its bin go to a row of their own.
-  template <bool kLeast>
-  __device__ __forceinline__ void add_weights(float least) {
-    const uint32_t column = static_cast<uint32_t>(__cvta_generic_to_shared(&cells_.histogram[0][lane()]));
-    uint32_t nowhere = column + kNoRow * kRow, at_least = column + kLeastEntry * kRow;
-    asm("" : "+r"(nowhere), "+r"(at_least));  // else a row is chosen first and the column added after
-    const uint32_t least_row = kLeast ? column + weigh(least).bin * kRow : 0;
-    part_.for_each_vector([&](int, const Vec<T> &vec) {
-#pragma unroll
-      for (const T element : vec.value) {
-        const float t = mul(sub(to_float(element), max_), scale_);
-        const Weight weight = weigh_unchecked(t);
-        uint32_t row = column + weight.bin * kRow;
-        if (kLeast) row = row == least_row && t < least ? at_least : row;
-        add_shared(t >= -43.75f ? row : nowhere, weight.m);
-      }
-    });
-  }
-
-  // +inf becomes 0 and all else -inf: the same distribution.
-  __device__ __forceinline__ void settle_infinities() {
-    max_ = 0.0f;
-    part_.for_each_vector([&](int v, Vec<T> vec) {
-#pragma unroll
-      for (T &element : vec.value) element = from_float<T>(to_float(element) == INFINITY ? 0.0f : -INFINITY);
-      part_.replace(v, vec);
-    });
-  }
-
   // Sends the tokens asked for to the first block.
   __device__ __forceinline__ void collect(const Order &order) {
     const auto list = [&](float z, int v, int i) {
@@ -132,18 +104,10 @@ class Worker {
       const uint32_t at = atomicAdd(&shared_.listed, 1);
       exchange_.send(0, &cells_.few.sent[exchange_.rank][at], kList, listed_as(key(z), part_.token(v, i)));
     };
-    part_.template for_each_near<Many::kInTurn>({order.lowest, order.highest}, list, [](int) {});
-  }
-
-  // The weights of each 32 vectors.
-  __device__ __forceinline__ void sum_chunks(const Order &order) {
-    uint32_t sum = 0;
-    const auto add = [&](float z, int, int) { sum += weight_in(order, z, max_, scale_); };
-    part_.template for_each_near<Many::kUnrolled>({order.lowest, order.highest}, add, [&](int chunk) {
-      sum = __reduce_add_sync(kAll, sum);
-      if (lane() == 0) cells_.chunk_sums[chunk] = sum;
-      sum = 0;
-    });
+    const Window<T> window(order.lowest, order.highest);
+    const auto find = [&](const Vec<T> &vec) { return window.find(vec); };
+    part_.template for_each_near<Many::kInTurn>(part_.walk(), find, list);
+    part_.for_each_extra([&](float z, int v, int i, uint32_t) { list(z, v, i); });
   }
 
   // Leaves the lowest index that holds the key, of each warp.
@@ -165,6 +129,7 @@ class Worker {
         if (part_.is_token(token)) f(token, part_.logit(v, i));
       }
     });
+    part_.for_each_extra([&](float z, int v, int i, uint32_t) { f(part_.token(v, i), z); });
   }
 
   const Exchange &exchange_;

@@ -1,0 +1,44 @@
+// The weights of a block's tokens, summed by bin and by stretch: by the workers, once the row's largest logit is known.
+#pragma once
+
+#include "cuda/sample_sm90/part.cuh"
+
+namespace gqa::cuda {
+
+// With kLeast the tokens below `least` in its bin go to a row of their own, and so do those without mass.
+template <bool kLeast, typename T, int kThreads>
+__device__ __forceinline__ void add_weights(const Part<T, kThreads> &part, Cells *cells, float max, float scale,
+                                            float least) {
+  const uint32_t column = static_cast<uint32_t>(__cvta_generic_to_shared(&cells->histogram[0][lane()]));
+  uint32_t nowhere = column + kNoRow * kRow, at_least = column + kLeastEntry * kRow;
+  asm("" : "+r"(nowhere), "+r"(at_least));  // else a row is chosen first and the column added after
+  const uint32_t least_row = kLeast ? column + weigh(least).bin * kRow : 0;
+  const auto add = [&](float z, uint32_t further) {
+    const float t = mul(sub(z, max), scale);
+    const Weight weight = weigh_unchecked(t);
+    uint32_t row = column + weight.bin * kRow;
+    if (kLeast) row = row == least_row && t < least ? at_least : row;
+    add_shared((t >= -43.75f ? row : nowhere) + further, weight.m);
+  };
+  part.for_each_vector([&](int, const Vec<T> &vec) {
+#pragma unroll
+    for (const T element : vec.value) add(to_float(element), 0);
+  });
+  part.for_each_extra([&](float z, int, int, uint32_t stretch) { add(z, (stretch - lane()) * sizeof(uint32_t)); });
+}
+
+// +inf becomes 0 and all else -inf: the same distribution.
+template <typename T, int kThreads>
+__device__ __forceinline__ void settle_infinities(Part<T, kThreads> *part) {
+  part->for_each_vector([&](int v, Vec<T> vec) {
+#pragma unroll
+    for (T &element : vec.value) element = from_float<T>(to_float(element) == INFINITY ? 0.0f : -INFINITY);
+    part->replace(v, vec);
+  });
+  if constexpr (kHasExtras<T, kThreads>) {
+    if (threadIdx.x == 0) part->extras.drop();
+    meet<kThreads>(kWorkers);
+  }
+}
+
+}  // namespace gqa::cuda

@@ -1,0 +1,103 @@
+// From the weights of blocks, stretches and tokens to one token: the first, by index, at which their running sum
+// reaches a number.
+#pragma once
+
+#include "cuda/sample_sm90/part.cuh"
+
+namespace gqa::cuda {
+
+// What may be picked: exponents and logits, both included.
+struct Pickable {
+  float least, most, lowest, highest;
+};
+
+template <uint32_t kOf>
+__device__ __forceinline__ uint32_t running_part(uint32_t value) {
+#pragma unroll
+  for (uint32_t offset = 1; offset < kOf; offset <<= 1) {
+    const uint32_t below = __shfl_up_sync(kAll, value, offset, kOf);
+    if (lane() % kOf >= offset) value += below;
+  }
+  return value;
+}
+
+// One warp, in the block that holds the token; left: of the sum, what this stretch has to reach. Each lane adds up a
+// few neighbouring vectors; then the logits of one lane's are looked at again.
+template <typename T, int kThreads>
+__device__ __forceinline__ Picked find_token(const Part<T, kThreads> &part, int stretch, uint32_t left,
+                                             const Pickable &of, float max, float scale, uint32_t *scratch) {
+  constexpr int kSize = Vec<T>::kSize;
+  const auto weight_of = [&](float z) {
+    const float t = exponent_of(z, max, scale);
+    const uint32_t m = weigh_unchecked(t).m;
+    return t >= of.least && t <= of.most && z >= of.lowest ? m : 0;
+  };
+  const auto walk = part.walk_alone(stretch);
+  const Window<T> window(of.lowest, of.highest);
+  uint32_t weight = 0;
+  part.template for_each_near<Many::kUnrolled>(
+      walk, [&](const Vec<T> &vec) { return window.find(vec); }, [&](float z, int, int) { weight += weight_of(z); });
+  constexpr bool kExtras = kHasExtras<T, kThreads>;
+  const uint32_t from = walk.v * kSize, of_lane = walk.turns * kSize;
+  if constexpr (kExtras) {
+    scratch[lane()] = 0;
+    __syncwarp();
+    part.extras.for_each(lane(), 32, from, from + 32 * of_lane, [&](float z, uint32_t at) {
+      if (at - from < static_cast<uint32_t>(walk.end * kSize)) atomicAdd(scratch + (at - from) / of_lane, weight_of(z));
+    });
+    __syncwarp();
+    weight += scratch[lane()];
+  }
+  const uint32_t running = running_part<32>(weight);
+  const int owner = __ffs(__ballot_sync(kAll, running >= left)) - 1;
+  left -= __shfl_sync(kAll, running - weight, owner);
+  const int first = owner * walk.turns, end = min(walk.turns, walk.end - first) * kSize;
+  if constexpr (kExtras) {
+    __syncwarp();
+    for (uint32_t i = lane(); i < of_lane; i += 32) scratch[i] = 0;
+    __syncwarp();
+    const uint32_t at_first = from + first * kSize;
+    part.extras.for_each(lane(), 32, at_first, at_first + end,
+                         [&](float z, uint32_t at) { scratch[at - at_first] = weight_of(z); });
+    __syncwarp();
+  }
+#pragma unroll 1
+  for (int i = static_cast<int>(lane());; i += 32) {
+    const int at = first + i / kSize;
+    uint32_t m = i < end ? weight_of(to_float(walk.held[at].value[i % kSize])) : 0;
+    if (kExtras && i < end) m += scratch[i];
+    const uint32_t sum = running_part<32>(m);
+    const uint32_t reached = __ballot_sync(kAll, sum >= left);
+    const int by = reached != 0 ? __ffs(reached) - 1 : 31;
+    if (reached != 0 || i - static_cast<int>(lane()) + 32 >= end) {
+      return {__shfl_sync(kAll, part.token(walk.v + at, i % kSize), by), __shfl_sync(kAll, m, by)};
+    }
+    left -= __shfl_sync(kAll, sum, 31);
+  }
+}
+
+// To all blocks, what may be picked here; own: in the lane's stretch.
+__device__ __forceinline__ void tell_picked(const Exchange &exchange, Shared *shared, uint32_t own) {
+  const u64 sum = sum_of_lanes(own);
+  if (lane() < exchange.blocks) exchange.send(lane(), shared->parts + exchange.rank, kParts, sum);
+}
+
+// One warp a block, once all have told: the block, the stretch, the token. Only the block that `writes` knows it.
+template <typename T, int kThreads>
+__device__ __forceinline__ Picked pick_token(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared,
+                                             uint32_t own, u64 need, const Pickable &of, float max, float scale,
+                                             bool *writes) {
+  const u64 stretches = running_sum(u64{own});
+  exchange.receive(kParts);
+  const u64 of_block = lane() < exchange.blocks ? own_word(shared->parts) : 0,
+            blocks = running_sum<kMaxBlocks>(of_block);
+  const uint32_t block = __ffs(__ballot_sync(kAll, lane() < exchange.blocks && blocks >= need)) - 1;
+  *writes = block == exchange.rank;
+  if (!*writes) return {0, 0};
+  const u64 left = need - __shfl_sync(kAll, blocks - of_block, block);
+  const int stretch = __ffs(__ballot_sync(kAll, stretches >= left)) - 1;
+  const auto in_stretch = static_cast<uint32_t>(left - __shfl_sync(kAll, stretches - own, stretch));
+  return find_token(part, stretch, in_stretch, of, max, scale, reinterpret_cast<uint32_t *>(shared->slots));
+}
+
+}  // namespace gqa::cuda
