@@ -6,7 +6,15 @@ ATTENTION = "gqa_attention_"
 PROMISES = {
     1: (
         "the largest error is at most twice that of plain PyTorch in the same dtype, the mean error 1.5 times",
-        (ATTENTION + "numerics", ATTENTION + "decode", ATTENTION + "prefill", "rmsnorm", "swiglu_ffn", "linear"),
+        (
+            ATTENTION + "numerics",
+            ATTENTION + "lengths",
+            ATTENTION + "splits",
+            "rmsnorm",
+            "swiglu_ffn",
+            "linear",
+            "decoder_step",
+        ),
     ),
     2: (
         "nothing is read but what the call attends to: NaN everywhere else changes no byte",
@@ -21,7 +29,7 @@ PROMISES = {
     6: (
         "a bad length, page id, offset or position never leaves its row: NaN there, or a write dropped; neighbours "
         "keep their bytes",
-        (ATTENTION + "memory", "kv_cache_append", "rope"),
+        (ATTENTION + "memory", ATTENTION + "replays", "kv_cache_append", "rope", "decoder_step"),
     ),
     7: (
         "tensors and strides above 2^31 elements are right",
@@ -47,7 +55,7 @@ PROMISES = {
     ),
     14: (
         "the same call gives the same bytes, beside other traffic on the device too",
-        (ATTENTION + "graphs", ATTENTION + "numerics", "large_and_repeated"),
+        (ATTENTION + "graphs", ATTENTION + "replays", "large_and_repeated"),
     ),
     15: (
         "with `batch_invariant=True` a row's bytes do not depend on the batch around it",
@@ -74,10 +82,10 @@ PROMISES = {
         "the C interface gives the bytes of the op, and refuses wrong structs and null pointers",
         ("c_contract", "example_programs"),
     ),
-    22: ("no op synchronises, or allocates more than its outputs and a workspace", ("every_op", ATTENTION + "graphs")),
+    22: ("no op synchronises, or allocates more than its outputs and a workspace", ("every_op", ATTENTION + "replays")),
     23: (
         "captured in a CUDA graph once, replays with other values and lengths equal eager calls",
-        ("every_op", ATTENTION + "graphs"),
+        ("every_op", ATTENTION + "graphs", ATTENTION + "replays", "decoder_chain"),
     ),
     24: (
         "calls run on the current stream, behind what is queued there, on any device, from any thread",

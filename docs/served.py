@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 import gqa_kernels
 from gqa_kernels import hf
@@ -118,16 +119,21 @@ def groups() -> list[int]:
 
 
 def op_dtypes(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The dtypes that CPU and CUDA take."""
+    """The dtypes that every device takes, of those that take the op at all."""
 
-    def cast(value: Any, dtype: torch.dtype) -> Any:
-        half = isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
-        return value.to(dtype) if half else value
+    def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if x.dtype != torch.bfloat16:
+            return x
+        if id(x) not in made:  # a tensor may stand for those of many layers
+            made[id(x)] = torch.empty_like(x, dtype=dtype)
+        return made[id(x)]
 
+    devices = [device for device in (None, A100, H200) if kernels(op, args, kwargs, device) != REFUSED]
     served = []
     for dtype, name in DTYPES.items():
-        changed = tuple(cast(value, dtype) for value in args)
-        if all(kernels(op, changed, kwargs, device) != REFUSED for device in (None, A100, H200)):
+        made: dict[int, torch.Tensor] = {}
+        changed = tree_map_only(torch.Tensor, lambda x, dtype=dtype: cast(x, dtype), args)
+        if all(kernels(op, changed, kwargs, device) != REFUSED for device in devices):
             served.append(name)
     return ", ".join(served)
 

@@ -10,6 +10,7 @@ from gqa_kernels.attention import (
     kv_cache_append,
     merge_attention_states,
 )
+from gqa_kernels.decoder_step import decoder_step
 from gqa_kernels.explain import Explanation, explain
 from gqa_kernels.kv_cache import KVCache, attention_with_kv_cache
 from gqa_kernels.launch_log import record_launches
@@ -34,6 +35,7 @@ __all__ = [
     "PagedKVCache",
     "add_rmsnorm",
     "attention_with_kv_cache",
+    "decoder_step",
     "explain",
     "gqa_attention_decode",
     "gqa_attention_decode_workspace_size",

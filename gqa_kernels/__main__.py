@@ -96,6 +96,12 @@ def examples() -> Iterator[tuple[str, str, tuple[Any, ...], dict[str, Any]]]:
     yield "16 x 14336", "swiglu", (tensor(16, 14336), tensor(16, 14336)), {}
     weights = tensor(14336, 4096), tensor(14336, 4096), tensor(4096, 14336)
     yield "16 x 4096/14336", "swiglu_ffn", (hidden, *weights), {}
+    wide = {size: [tensor(size, 4096)] * 32 for size in (1024, 4096, 14336)}
+    caches, norms = [tensor(1, 2048, 8, 128)] * 32, [tensor(4096)] * 32
+    layers = wide[4096], wide[1024], wide[1024], wide[4096], wide[14336], wide[14336], [tensor(4096, 14336)] * 32
+    ends = norms, norms, tensor(4096), tensor(32000, 4096)
+    at = {"cache_seqlens": lengths[:1], "eps": 1e-5}
+    yield "1 row, 32 layers", "decoder_step", (hidden[:1], caches, caches, *layers, *ends), at
     yield "16 x 128256, top-p", "sample", (tensor(16, 128256),), {"top_p": 0.9}
 
 

@@ -157,6 +157,7 @@ def gqa_attention_decode(
     return_lse: bool = False,
     workspace: Tensor | None = None,
     out: Tensor | None = None,
+    static_prefix: bool = False,
 ) -> Attention:
     """Attention of 1 to 16 new tokens over a cache; with k and v, appends them first. Causal among the new tokens.
 
@@ -173,6 +174,9 @@ def gqa_attention_decode(
             :func:`gqa_attention_prefill`.
         workspace: uint8 memory on q's device, of :func:`gqa_attention_decode_workspace_size` bytes; None allocates it.
         out: as in :func:`gqa_attention_prefill`.
+        static_prefix: a promise that nothing that may still run on the device writes ``cache_seqlens``,
+            ``cache_leftpad``, ``block_table``, the scales or the cached rows below the lengths. Hopper's kernel then
+            reads them while the kernel before it still runs; all else it reads when that has ended.
 
     Returns:
         out like q, contiguous; with ``return_lse`` ``(out, lse)``, lse float32 ``[B, Hq, Sq]``. Bad lengths and page
@@ -193,6 +197,8 @@ def gqa_attention_decode(
         validate("gqa_attention_decode", q, k, k_cache=k_cache, cache_seqlens=cache_seqlens, **options)
     if out is not None:
         options["out"] = out
+    if static_prefix:
+        options["static_prefix"] = True
     result, lse = ops.gqa_attention_decode(q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, **options)
     result = result if out is None else out
     return (result, lse) if return_lse else result

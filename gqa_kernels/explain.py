@@ -13,6 +13,7 @@ from gqa_kernels._library import C
 
 OPS = (
     "add_rmsnorm",
+    "decoder_step",
     "gqa_attention_decode",
     "gqa_attention_prefill",
     "kv_cache_append",

@@ -37,10 +37,37 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, out: Tensor | None = None)
 
 
 @overload
-def swiglu_ffn(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, static_weights: bool = False) -> Tensor: ...
+def swiglu_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    static_weights: bool = False,
+) -> Tensor: ...
 @overload
-def swiglu_ffn(x: Tensor, w_gate_up: Tensor, w_down: Tensor, *, static_weights: bool = False) -> Tensor: ...
-def swiglu_ffn(x: Tensor, *weights: Tensor, static_weights: bool = False, **named: Tensor) -> Tensor:
+def swiglu_ffn(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    *,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    static_weights: bool = False,
+) -> Tensor: ...
+def swiglu_ffn(
+    x: Tensor,
+    *weights: Tensor,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    static_weights: bool = False,
+    **named: Tensor,
+) -> Tensor:
     """The feed-forward block of a Llama layer: ``swiglu(x @ w_gate.T, x @ w_up.T) @ w_down.T``.
 
     Called as ``swiglu_ffn(x, w_gate, w_up, w_down)`` or ``swiglu_ffn(x, w_gate_up, w_down)``.
@@ -50,6 +77,10 @@ def swiglu_ffn(x: Tensor, *weights: Tensor, static_weights: bool = False, **name
         w_gate, w_up: ``[intermediate, hidden]``, laid out as ``torch.nn.Linear.weight``.
         w_gate_up: ``[2 * intermediate, hidden]``, the rows of ``w_gate`` and then those of ``w_up``.
         w_down: ``[hidden_out, intermediate]``.
+        gate_up_scale: ``[2 * intermediate]`` float32, for ``w_gate`` and ``w_up`` of float8_e4m3fn: what the weights of
+            each of their outputs are to be multiplied by, those of ``w_gate`` first.
+        down_scale: ``[hidden_out]`` likewise, for ``w_down`` of float8_e4m3fn.
+        residual: like the result: added to it, rounded before and after the sum.
         static_weights: a promise that nothing that may still run on the device writes the weights, as in
             :func:`linear`.
 
@@ -60,7 +91,8 @@ def swiglu_ffn(x: Tensor, *weights: Tensor, static_weights: bool = False, **name
         RuntimeError: a wrong shape, dtype, device or number of weights, or an input that requires grad.
 
     Up to 16 tokens of float16 or bfloat16 on sm_90 run as two kernels that stream the weights, with the activation
-    between them; anything else as torch's matrix products around :func:`swiglu`. ``explain`` says which.
+    between them; anything else as torch's matrix products around :func:`swiglu`, of weights with scales as in
+    :func:`linear`. ``explain`` says which.
 
     PyTorch equivalent: ``F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)``, with the same roundings.
     """
@@ -73,10 +105,11 @@ def swiglu_ffn(x: Tensor, *weights: Tensor, static_weights: bool = False, **name
             f"swiglu_ffn: weights must be w_gate, w_up, w_down or w_gate_up, w_down, got {len(weights)} tensors"
         )
     names = ("w_gate_up", "w_down") if len(weights) == 2 else ("w_gate", "w_up", "w_down")
-    refuse_grad("swiglu_ffn", x=x, **dict(zip(names, weights)))
-    result: Tensor = ops.swiglu_ffn(
-        x, weights[0], weights[1] if len(weights) == 3 else None, weights[-1], static_weights=static_weights
-    )
+    options = {"gate_up_scale": gate_up_scale, "down_scale": down_scale, "residual": residual}
+    given = {name: option for name, option in options.items() if option is not None}
+    refuse_grad("swiglu_ffn", x=x, **dict(zip(names, weights)), **given)
+    w_up = weights[1] if len(weights) == 3 else None
+    result: Tensor = ops.swiglu_ffn(x, weights[0], w_up, weights[-1], static_weights=static_weights, **given)
     return result
 
 
@@ -87,7 +120,15 @@ def _swiglu_fake(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 @torch.library.register_fake("gqa_kernels::swiglu_ffn")
 def _swiglu_ffn_fake(
-    x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down: Tensor, *, static_weights: bool = False
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    *,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    static_weights: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 

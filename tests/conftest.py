@@ -23,8 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.guard import Guard
-
-from gqa_kernels._library import C
+from support.kernels import force_portable
 
 # References are large arrays by the thousand; given back and faulted in again, pages cost more than the arithmetic.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -50,9 +49,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     name, _, family = str(request.param).partition(" ")
     if name == "cuda":
         require_gpu()
-    C.set_kernel_override(1 if family == "portable" else 0)
+    force_portable(family == "portable")
     yield name
-    C.set_kernel_override(0)
+    force_portable(False)
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.contract import require_sm90
 from support.guard import same_bytes
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gqa_kernels
 from gqa_kernels.explain import OPS
@@ -54,6 +56,20 @@ def _prefill() -> Arguments:
     return {"q": zeros(B, S, HQ, D), "k": zeros(B, S, HKV, D), "v": zeros(B, S, HKV, D)}
 
 
+def _step() -> Arguments:
+    """Two layers of 4 heads of 64 over 2, of a dtype that the kernel takes."""
+
+    def each(*shape: int) -> list[Tensor]:
+        return [zeros(*shape, dtype=torch.float16) for _ in range(2)]
+
+    lists = {name: each(B, CAPACITY, 2, 64) for name in ("k_caches", "v_caches")}
+    lists |= {"q_proj": each(256, 32), "k_proj": each(128, 32), "v_proj": each(128, 32), "o_proj": each(32, 256)}
+    lists |= {"gate_proj": each(48, 32), "up_proj": each(48, 32), "down_proj": each(32, 48)}
+    lists |= {"input_norm": each(32), "mlp_norm": each(32)}
+    ends = {"hidden": each(B, 32)[0], "norm": each(32)[0], "head": each(40, 32)[0]}
+    return {"hidden": ends.pop("hidden"), **lists, **ends, "cache_seqlens": ints(B), "eps": 1e-6}
+
+
 VALID: dict[str, Callable[[], Arguments]] = {
     "rmsnorm": _norm,
     "add_rmsnorm": lambda: _norm() | {"residual": zeros(3, 64)},
@@ -61,6 +77,7 @@ VALID: dict[str, Callable[[], Arguments]] = {
     "swiglu": lambda: {"gate": zeros(3, 64), "up": zeros(3, 64)},
     "swiglu_ffn": lambda: {"x": zeros(3, 64), "w_gate": zeros(88, 64), "w_up": zeros(88, 64), "w_down": zeros(32, 88)},
     "linear": lambda: {"x": zeros(3, 64), "w1": zeros(88, 64), "w2": zeros(40, 64), "bias": zeros(128)},
+    "decoder_step": _step,
     "rope": _rope,
     "rope_": _rope,
     "qk_rmsnorm_rope": lambda: _rope() | {"q_weight": zeros(D), "k_weight": zeros(D)},
@@ -96,8 +113,8 @@ class Misuse:
     given: str
 
     def arguments(self, device: str) -> Arguments:
-        found = VALID[self.op]() | self.changes
-        return {name: on(device, value) if isinstance(value, Tensor) else value for name, value in found.items()}
+        found: Arguments = tree_map_only(Tensor, lambda x: on(device, x), VALID[self.op]() | self.changes)
+        return found
 
     def sentence(self, device: str) -> str:
         with pytest.raises((RuntimeError, ValueError, TypeError)) as raised:
@@ -122,6 +139,10 @@ TABLES = {"rotary_cos": zeros(CAPACITY, D // 2), "rotary_sin": zeros(CAPACITY, D
 
 def grad(*shape: int) -> Tensor:
     return torch.zeros(shape, requires_grad=True)
+
+
+def layers(*shape: int, dtype: torch.dtype = torch.float16, step: int = 1) -> list[Tensor]:
+    return [zeros(*shape, dtype=dtype)[..., ::step] for _ in range(2)]
 
 
 def norm_rows(op: str) -> list[Misuse]:
@@ -280,6 +301,43 @@ TABLE = [
         ({"bias": zeros(128, dtype=HALF)}, "bias", "dtype of x (float32)", "float16"),
         ({"w1": grad(88, 64)}, "w1", "not require grad", NO_GRAD),
     ),
+    *rows(
+        "decoder_step",
+        ({"hidden": zeros(32, dtype=HALF)}, "hidden", "[batch, hidden]", "[32]"),
+        ({"hidden": ints(B, 32)}, "hidden", "float32, float16 or bfloat16", "int32"),
+        ({"hidden": zeros(B, 0, dtype=HALF)}, "hidden", "hidden at least 1", "[2, 0]"),
+        ({"k_caches": []}, "k_caches", "a tensor for each layer", "none"),
+        ({"k_caches": layers(B, CAPACITY, 64)}, "k_caches[0]", "[batch, capacity, kv_heads, head_dim]", "[2, 12, 64]"),
+        ({"k_caches": layers(B, 0, 2, 64)}, "k_caches[0]", "a row and a head at least", "[2, 0, 2, 64]"),
+        ({"k_caches": layers(B, CAPACITY, 2, 12)}, "k_caches[0]", "a multiple of 8", "12"),
+        ({"k_caches": layers(3, CAPACITY, 2, 64)}, "k_caches[0]", "[2, 12, 2, 64]", "[3, 12, 2, 64]"),
+        ({"v_caches": layers(B, CAPACITY, 2, 64)[:1]}, "v_caches", "one tensor for each of the 2 layers", "1"),
+        ({"v_caches": layers(B, CAPACITY, 2, 128, step=2)}, "v_caches[0]", "contiguous", "strided memory"),
+        ({"q_proj": layers(64 * 3, 32)}, "q_proj[0]", "a multiple of the cache's 128", "[192, 32]"),
+        ({"q_proj": layers(256)}, "q_proj[0]", "[q_heads * head_dim, hidden]", "[256]"),
+        ({"k_proj": [*layers(128, 32)[:1], zeros(64, 32, dtype=HALF)]}, "k_proj[1]", "[128, 32]", "[64, 32]"),
+        ({"o_proj": layers(256, 32)}, "o_proj[0]", "[32, 256]", "[256, 32]"),
+        ({"up_proj": layers(40, 32)}, "up_proj[0]", "[48, 32]", "[40, 32]"),
+        ({"down_proj": layers(32, 48, dtype=torch.float32)}, "down_proj[0]", "dtype of hidden (float16)", "float32"),
+        ({"input_norm": layers(33)}, "input_norm[0]", "[32]", "[33]"),
+        ({"norm": zeros(33, dtype=HALF)}, "norm", "[32]", "[33]"),
+        ({"head": zeros(32, dtype=HALF)}, "head", "[vocabulary, hidden]", "[32]"),
+        ({"cache_seqlens": zeros(B)}, "cache_seqlens", "int32 or int64", "float32"),
+        ({"cache_seqlens": ints(3)}, "cache_seqlens", "[batch] = [2]", "[3]"),
+        ({"cache_leftpad": ints(3)}, "cache_leftpad", "[batch] = [2]", "[3]"),
+        ({"eps": -1.0}, "eps", "0 or more", "-1"),
+        ({"rotary_cos": zeros(12, 32)}, "rotary_cos", "come with rotary_sin", "no rotary_sin"),
+        ({n: zeros(12, 33) for n in ("rotary_cos", "rotary_sin")}, "rotary_cos", "1 to 32", "[12, 33]"),
+        ({n: zeros(B, 1, 32) for n in ("rotary_cos", "rotary_sin")}, "rotary_cos", "a table", "[2, 1, 32]"),
+        ({"q_bias": layers(256)}, "q_bias", "come with k_bias", "no k_bias"),
+        ({"k_norm": layers(64)}, "q_norm", "come with k_norm", "only k_norm"),
+        ({"q_norm": layers(64), "k_norm": layers(63)}, "k_norm[0]", "[64]", "[63]"),
+        ({"softmax_scale": float("nan")}, "softmax_scale", "finite", "nan"),
+        ({"window_left": [3]}, "window_left", "one value for each of the 2 layers", "1"),
+        ({"window_left": [3, -2]}, "window_left", "-1 (all) or more", "-2"),
+        ({"hidden": grad(B, 32)}, "hidden", "not require grad", NO_GRAD),
+        ({"q_proj": [grad(256, 32)]}, "q_proj[0]", "not require grad", NO_GRAD),
+    ),
     *rope_rows("rope"),
     *rope_rows("rope_"),
     *rope_rows("qk_rmsnorm_rope"),
@@ -386,6 +444,11 @@ TABLE = [
 FORBIDDEN = re.compile(r"::|\.cpp|\.cu\b|\.h\b|\.so\b|Exception raised|std_|libtorch|/usr|/home|\n")
 
 
+def served(device: str, op: str) -> None:
+    if device == "cuda" and op == "decoder_step":
+        require_sm90()
+
+
 def test_the_table_covers_every_op() -> None:
     assert len(TABLE) >= 60
     assert {misuse.op for misuse in TABLE} == set(VALID) == set(OPS)
@@ -393,6 +456,7 @@ def test_the_table_covers_every_op() -> None:
 
 @pytest.mark.parametrize("op", VALID)
 def test_the_calls_before_the_change_are_valid(device: str, op: str) -> None:
+    served(device, op)
     getattr(gqa_kernels, op)(**Misuse(op, {}, "", "", "").arguments(device))
 
 
@@ -412,13 +476,14 @@ def test_p20_misuse(device: str, misuse: Misuse) -> None:
 @pytest.mark.parametrize("op", VALID)
 def test_p20_healthy_afterwards(device: str, op: str) -> None:
     """A refusal writes nothing and leaves the next call right."""
+    served(device, op)
     arguments = Misuse(op, {}, "", "", "").arguments(device)
     for misuse in [row for row in TABLE if row.op == op]:
         wrong = arguments | {name: value for name, value in misuse.arguments(device).items() if name in misuse.changes}
-        before = {name: value.clone() for name, value in wrong.items() if isinstance(value, Tensor)}
+        before = [x.clone() for x in tree_leaves(wrong) if isinstance(x, Tensor)]
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             getattr(gqa_kernels, op)(**wrong)
-        assert all(same_bytes(wrong[name], value) for name, value in before.items())
+        assert all(map(same_bytes, [x for x in tree_leaves(wrong) if isinstance(x, Tensor)], before))
     getattr(gqa_kernels, op)(**arguments)
 
 

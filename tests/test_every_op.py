@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from support.calls import random_call
-from support.contract import assert_compiles_once, assert_same, capture, flat
+from support.contract import assert_compiles_once, assert_same, capture, flat, require_sm90
 from support.guard import Guard
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gqa_kernels
 from gqa_kernels.explain import OPS
 
 every_op = pytest.mark.parametrize("op", OPS)
 WRITTEN = {"rope_": (0, 1), "kv_cache_append": (2, 3), "gqa_attention_decode": (1, 2), "gqa_attention_prefill": (3, 4)}
+WRITTEN |= {"decoder_step": (1, 2)}
 # What a call may allocate: its outputs, and the workspace of attention.
 ALLOCATIONS = {"rope_": 0, "kv_cache_append": 0, "rope": 2, "add_rmsnorm": 2, "merge_attention_states": 2, "sample": 3}
 ALLOCATIONS |= {
@@ -31,7 +33,21 @@ ALLOCATIONS |= {
     "swiglu_ffn": 4,
     "linear": 4,
     "qk_rmsnorm_rope": 2,
+    "decoder_step": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def _served(request: pytest.FixtureRequest) -> None:
+    """decoder_step alone has no portable kernel."""
+    params = request.node.callspec.params
+    on_gpu = params.get("device") == "cuda" or "gpu" in request.fixturenames
+    if params["op"] == "decoder_step" and on_gpu:
+        require_sm90()
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 class Call:
@@ -46,17 +62,15 @@ class Call:
         return [] if result is None else flat(result)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.args = [change(x) if isinstance(x, Tensor) else x for x in self.args]
-        self.options = {name: change(x) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        self.args, self.options = tree_map_only(Tensor, change, (self.args, self.options))
 
     @property
     def written(self) -> list[Tensor]:
-        return [self.args[i] for i in WRITTEN.get(self.op, ()) if i < len(self.args) and self.args[i] is not None]
+        return tensors_of([self.args[i] for i in WRITTEN.get(self.op, ()) if i < len(self.args)])
 
     @property
     def read(self) -> list[Tensor]:
-        tensors = [x for x in (*self.args, *self.options.values()) if isinstance(x, Tensor)]
-        return [x for x in tensors if all(x is not y for y in self.written)]
+        return [x for x in tensors_of((self.args, self.options)) if all(x is not y for y in self.written)]
 
     def effect(self) -> list[Tensor]:
         """Outputs and what was written, as copies."""
@@ -71,11 +85,14 @@ def test_p2_p3_between_the_strides(guard: Guard, op: str, poison: float) -> None
         expected = Call(op, seed, guard.device).effect()
         call, buffers = Call(op, seed, guard.device), []
 
-        def spread(x: Tensor, buffers: list[Tensor] = buffers) -> Tensor:
-            if x.dim() < 2 or not x.is_floating_point():
+        dense = tensors_of(call.args[1:]) if op == "decoder_step" else []  # it refuses strided weights and caches
+
+        def spread(x: Tensor, buffers: list[tuple[Tensor, float]] = buffers, dense: list[Tensor] = dense) -> Tensor:
+            if x.dim() < 2 or not x.is_floating_point() or any(x is y for y in dense):
                 return guard.place(x, writable=True)
-            buffer = guard.place(torch.full((*x.shape[:-1], 2 * x.shape[-1]), poison, dtype=x.dtype), writable=True)
-            buffers.append(buffer[..., x.shape[-1] :])
+            value = poison if x.element_size() > 1 else float("nan")  # float8 has no infinity
+            buffer = guard.place(torch.full((*x.shape[:-1], 2 * x.shape[-1]), value, dtype=x.dtype), writable=True)
+            buffers.append((buffer[..., x.shape[-1] :], value))
             inside = buffer[..., : x.shape[-1]]
             inside.copy_(x)
             return inside
@@ -84,7 +101,8 @@ def test_p2_p3_between_the_strides(guard: Guard, op: str, poison: float) -> None
         before = [x.clone() for x in call.read]
         assert_same(call.effect(), expected, f"{seed}: output")
         assert_same(call.read, before, f"{seed}: input")
-        assert_same(buffers, [torch.full_like(x, poison) for x in buffers], f"{seed}: memory between strides")
+        between = [x for x, _ in buffers]
+        assert_same(between, [torch.full_like(x, value) for x, value in buffers], f"{seed}: memory between strides")
 
 
 @every_op
@@ -117,6 +135,8 @@ def test_p19_fake_equals_real(device: str, op: str) -> None:
 
 def sized(op: str, guard: Guard, n: int) -> tuple[Tensor, ...]:
     """Arguments whose sizes grow with ``n``."""
+    if op == "decoder_step":
+        return sized_step(guard, n)
     x, q, k = guard.randn(n, 3 * n), guard.randn(n, 5, 4, 8 * n), guard.randn(n, 5, 2, 8 * n)
     cache, lengths = torch.zeros(n, 10 * n, 2, 8 * n, device=guard.device), guard.ints(list(range(n)))
     cos, sin = guard.randn(9 * n, 4 * n), guard.randn(9 * n, 4 * n)
@@ -138,11 +158,25 @@ def sized(op: str, guard: Guard, n: int) -> tuple[Tensor, ...]:
     }[op]
 
 
+def sized_step(guard: Guard, n: int) -> tuple[Tensor, ...]:
+    """Two layers, one after the other."""
+    rows, hidden, intermediate = n, 16 * n, 48 * n
+    shapes = [(rows, 10 * n, 2, 64), (rows, 10 * n, 2, 64), (256, hidden), (128, hidden), (128, hidden), (hidden, 256)]
+    shapes += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate), (hidden,), (hidden,)]
+    layers = [guard.randn(*shape, dtype=torch.float16, scale=0.1, writable=True) for shape in (*shapes, *shapes)]
+    ends = [guard.randn(*shape, dtype=torch.float16) for shape in ((rows, hidden), (hidden,), (7 * n, hidden))]
+    return ends[0], *layers, *ends[1:], guard.ints(list(range(n)))
+
+
 @every_op
 def test_p17_compiles_once(guard: Guard, op: str) -> None:
     """Every size and length through one compilation."""
 
     def function(*args: Tensor) -> Any:
+        if op == "decoder_step":
+            hidden, *layers, norm, head, lengths = args
+            lists = [[layers[i], layers[i + 11]] for i in range(11)]
+            return gqa_kernels.decoder_step(hidden, *lists, norm, head, cache_seqlens=lengths, eps=1e-5)
         if op in ("kv_cache_append", "gqa_attention_decode"):
             result = getattr(gqa_kernels, op)(*args[:-1], cache_seqlens=args[-1])
         else:
@@ -219,6 +253,8 @@ def test_p23_thousand_replays(gpu: str, op: str) -> None:
         for step in range(250):
             if longest is not None:
                 call.options["cache_seqlens"].copy_(longest * torch.rand(longest.shape, device=gpu))
+            for offsets in (x for name, x in call.options.items() if name.startswith("cu_seqlens")):
+                offsets[1:-1] = (torch.rand(len(offsets) - 2, device=gpu) * offsets[-1]).sort().values
             call.args[0].normal_()
             before = [x.clone() for x in call.written]
             graph.replay()

@@ -13,8 +13,11 @@ from support.attention_layout import Cache, build_cache, lengths_to_offsets, run
 from support.attention_options import OPTION_PAIRS, name_of, option_case
 from support.bounds import DTYPES
 from support.guard import Guard, same_bytes
+from support.kernels import hopper
 
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
+
+pytestmark = pytest.mark.parametrize("device", ["cpu", "cuda", "cuda portable"], indirect=True)
 
 PAGE_SIZES = [1, 16, 64, 256]
 
@@ -79,6 +82,23 @@ def test_p12_page_placement_does_not_matter(
             assert_same(run_cached(case, guard, cache, decode=decode), expected, f"page size {page_size}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_p12_page_placement_under_many_queries(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
+    """On Hopper pages of a multiple of 16 rows give the bytes of a contiguous cache. Smaller ones have another kernel,
+    within P1's bound."""
+    case = make_case([(70, cached, 70) for cached in (0, 15, 61, 64, 300)], dtype=dtype, head_dim=head_dim)
+    with hopper(guard.device):
+        expected = run_cached(case, guard, build_cache(case, guard, capacity=512))
+        case.check(expected)
+        for page_size in (16, 48, 64, 256):
+            for pool in ({"spare_pages": 0, "shuffle": False}, {"spare_pages": 9, "fill": math.nan}):
+                cache = build_cache(case, guard, page_size=page_size, capacity=512, **pool)
+                assert_same(run_cached(case, guard, cache), expected, f"page size {page_size}")
+    for page_size in (1, 7):
+        case.check(run_cached(case, guard, build_cache(case, guard, page_size=page_size, capacity=512)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("decode", [False, True])
 def test_p12_shared_pages(guard: Guard, dtype: torch.dtype, decode: bool) -> None:
@@ -123,14 +143,19 @@ def prefill_in_chunks(guard: Guard, case: Case, chunks: list[int], *, page_size:
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_p13_cache_algebra(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
     """One prefill, a prefill in two, and one decode a token: the same cache bytes, the same answer within P1."""
-    case = make_case([(40, 0, 40)] * 2, dtype=dtype, rotary=make_rotary(64))
-    whole, cache = prefill_in_chunks(guard, case, [40], page_size=page_size)
-    case.check(whole, "one prefill")
-    case.check(run_prefill(case, guard), "no cache")
-    for chunks in ([13, 27], [17, 1, 22], [39, 1], [1] * 40):
-        result, other = prefill_in_chunks(guard, case, chunks, page_size=page_size)
-        case.check(result, f"chunks {chunks}")
-        assert same_bytes(other.k, cache.k) and same_bytes(other.v, cache.v), f"chunks {chunks}: caches differ"
+    few = make_case([(40, 0, 40)] * 2, dtype=dtype, rotary=make_rotary(64))
+    many = make_case([(160, 0, 160)] * 2, dtype=dtype)
+    for case, pieces in (
+        (few, ([13, 27], [17, 1, 22], [39, 1], [1] * 40)),
+        (many, ([80, 80], [64, 1, 95], [159, 1], [17, 143])),
+    ):
+        whole, cache = prefill_in_chunks(guard, case, [len(case.q[0])], page_size=page_size)
+        case.check(whole, "one prefill")
+        case.check(run_prefill(case, guard), "no cache")
+        for chunks in pieces:
+            result, other = prefill_in_chunks(guard, case, chunks, page_size=page_size)
+            case.check(result, f"chunks {chunks}")
+            assert same_bytes(other.k, cache.k) and same_bytes(other.v, cache.v), f"chunks {chunks}: caches differ"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -148,16 +173,18 @@ def test_p13_batch_permutation(guard: Guard, dtype: torch.dtype, decode: bool) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_ragged_prefill_equals_dense(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
+def test_p13_ragged_prefill_equals_dense(guard: Guard, dtype: torch.dtype, page_size: int | None) -> None:
     """The same bytes where both know the same longest sequence; within P1 where it has to be guessed."""
-    case = make_case([(12, cached, 12) for cached in (0, 33, 100)], dtype=dtype, rotary=make_rotary(64))
-    dense = run_cached(case, guard, build_cache(case, guard, page_size=page_size))
-    case.check(dense)
-    for bound in ({}, {"max_seqlen_q": 12}, {"max_seqlen_q": 1000, "max_seqlen_k": 5000}):
-        result = run_cached(case, guard, build_cache(case, guard, page_size=page_size), ragged=True, **bound)
-        case.check(result, f"{bound}")
-        if bound == {"max_seqlen_q": 12}:
-            assert_same(result, dense, f"{bound}")
+    for queries, rotary in ((12, make_rotary(64)), (70, None)):
+        case = make_case([(queries, cached, queries) for cached in (0, 33, 100)], dtype=dtype, rotary=rotary)
+        dense = run_cached(case, guard, build_cache(case, guard, page_size=page_size))
+        case.check(dense)
+        known = {"max_seqlen_q": queries}
+        for bound in ({}, known, {"max_seqlen_q": 1000, "max_seqlen_k": 5000}):
+            result = run_cached(case, guard, build_cache(case, guard, page_size=page_size), ragged=True, **bound)
+            case.check(result, f"{bound}")
+            if bound == known:
+                assert_same(result, dense, f"{bound}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -204,16 +231,17 @@ def test_p15_batch_invariant(guard: Guard, dtype: torch.dtype, ragged: bool) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_length_for_all(guard: Guard, dtype: torch.dtype) -> None:
-    case = make_case([(20, 37, 20)] * 2, dtype=dtype)
-    expected = run_cached(case, guard, build_cache(case, guard))
-    for kind in (torch.int32, torch.int64):
-        seqlens = guard.place(torch.tensor(37, dtype=kind))
-        assert_same(run_cached(case, guard, build_cache(case, guard), cache_seqlens=seqlens), expected)
+def test_p1_one_length_for_all(guard: Guard, dtype: torch.dtype) -> None:
+    for queries in (20, 70):
+        case = make_case([(queries, 37, queries)] * 2, dtype=dtype)
+        expected = run_cached(case, guard, build_cache(case, guard))
+        for kind in (torch.int32, torch.int64):
+            seqlens = guard.place(torch.tensor(37, dtype=kind))
+            assert_same(run_cached(case, guard, build_cache(case, guard), cache_seqlens=seqlens), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_left_padded_batch_equals_each_sequence_alone(guard: Guard, dtype: torch.dtype) -> None:
+def test_p1_left_padded_batch_equals_each_sequence_alone(guard: Guard, dtype: torch.dtype) -> None:
     """Padded to 30 on the left, with rotary positions counted from the first real token."""
     alone = make_case([(n, 0, n) for n in (30, 11, 1)], dtype=dtype, rotary=make_rotary(64))
     pads = [30 - len(q) for q in alone.q]

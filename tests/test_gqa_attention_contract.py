@@ -11,11 +11,14 @@ import torch
 from support.attention_calls import DECODE_CALLS, FUNCTIONS, PREFILL_CALLS, Call, every_call, make_call
 from support.contract import assert_compiles_once, assert_same, flat, opcheck
 from support.guard import Guard
+from support.kernels import HOPPER
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gqa_kernels
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
+from gqa_kernels._library import C
+from gqa_kernels.explain import H200
 
 
 def registered(op: str) -> Any:
@@ -43,6 +46,17 @@ def test_p19_fake_equals_real(guard: Guard, op: str, call: dict[str, Any]) -> No
             fake = registered(op)(**fakes)
         for a, b in zip(fake, real):
             assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+@every_call
+def test_the_calls_for_hopper_reach_its_kernels(op: str, call: dict[str, Any]) -> None:
+    keywords = make_call(op, call, Guard("cpu")).keywords
+    C.explain_begin("cuda", *H200.values())
+    try:
+        FUNCTIONS[op](**keywords)
+    finally:
+        launches = [launch["kernel"] for plan in C.explain_end() for launch in plan["launches"]]
+    assert "head_dim" not in call or HOPPER[op] in launches
 
 
 @pytest.mark.abi
@@ -117,7 +131,7 @@ def test_p17_inductor(gpu: str) -> None:
                 assert_same(compiled(q, lengths).clone(), function(q, lengths))
 
 
-def test_grad_is_refused(guard: Guard) -> None:
+def test_p20_grad_is_refused(guard: Guard) -> None:
     q, k = guard.randn(1, 2, 2, 64).requires_grad_(), guard.randn(1, 2, 2, 64)
     lengths = guard.ints([2])
     with pytest.raises(RuntimeError, match=r"^gqa_attention_prefill: q .*grad"):

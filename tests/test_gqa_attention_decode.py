@@ -39,7 +39,7 @@ def test_p1_head_dim(guard: Guard, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [1, 4, 12, 63, 65, 100, 257, 264, 512])
-def test_head_dim_refused(device: str, head_dim: int) -> None:
+def test_p20_head_dim_refused(device: str, head_dim: int) -> None:
     q = torch.zeros(1, 1, 1, head_dim, device=device)
     length = torch.zeros(1, dtype=torch.int32, device=device)
     with pytest.raises(RuntimeError, match=rf"^gqa_attention_decode: .*head_dim.*{head_dim}"):
@@ -56,7 +56,7 @@ def test_p1_every_query_count(guard: Guard, dtype: torch.dtype, queries: int) ->
 
 
 @pytest.mark.parametrize("queries", [0, 17, 64])
-def test_query_count_refused(device: str, queries: int) -> None:
+def test_p20_query_count_refused(device: str, queries: int) -> None:
     q, cache = torch.zeros(2, queries, 4, 64, device=device), torch.zeros(2, 80, 2, 64, device=device)
     length = torch.zeros(2, dtype=torch.int32, device=device)
     with pytest.raises(RuntimeError, match=rf"^gqa_attention_decode: q .*16.*{queries}"):
@@ -110,8 +110,39 @@ def test_p1_long_caches_of_a_batch(guard: Guard, dtype: torch.dtype, head_dim: i
     for new, cached in ((0, [long // 2] * 3), (1, [5, long, 777]), (0, [long, 5, 777, 0, *range(35)])):
         case = make_case([(1, n, new) for n in cached], dtype=dtype, heads=(2, 1), head_dim=head_dim)
         for page_size in (None, 16):
-            cache = build_cache(case, guard, page_size=page_size, capacity=8192 if on_gpu else None, fill=math.nan)
+            cache = build_cache(case, guard, page_size=page_size, capacity=16384 if on_gpu else None, fill=math.nan)
             case.check(run_cached(case, guard, cache, decode=True), f"{len(cached)} sequences, pages of {page_size}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_p1_more_sequences_than_blocks(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
+    """Blocks that are done with one sequence take another."""
+    on_gpu = guard.device == "cuda"
+    for new in (1, 0):
+        lengths = [8150 if on_gpu else 300, 0, 2500, *((37 * b) % 90 for b in range(127 if on_gpu else 9))]
+        case = make_case([(1, n, new) for n in lengths], dtype=dtype, heads=(4, 2), head_dim=head_dim)
+        for page_size in (64, 7):
+            cache = build_cache(case, guard, page_size=page_size, capacity=16384 if on_gpu else None, fill=math.nan)
+            case.check(run_cached(case, guard, cache, decode=True), f"{new} new, pages of {page_size}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (21, 3), (40, 5)], ids=lambda heads: f"{heads[0]}:{heads[1]}")
+def test_p1_heads_of_a_block(guard: Guard, dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    """Blocks take two heads with rows that are no whole lines of memory, the last of them perhaps one."""
+    for queries, new in ((1, 1), (1, 0), (1 if heads[0] > 21 else 8 * heads[1] // heads[0], 1)):
+        case = make_case(
+            [(queries, cached, queries if new else 0) for cached in (40, 131, 1000)],
+            dtype=dtype,
+            heads=heads,
+            head_dim=96,
+            rotary=make_rotary(96, 1024) if new else None,
+            sinks=torch.randn(heads[0]),
+        )
+        for page_size in (None, 16):
+            cache = build_cache(case, guard, page_size=page_size, fill=math.nan)
+            case.check(run_cached(case, guard, cache, decode=True), f"{queries} queries, {new} new, {page_size}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -183,7 +214,7 @@ def test_p1_matches_sdpa(guard: Guard, dtype: torch.dtype, heads: tuple[int, int
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_length_for_all(guard: Guard, dtype: torch.dtype) -> None:
+def test_p1_one_length_for_all(guard: Guard, dtype: torch.dtype) -> None:
     """cache_seqlens may be int64, or 0-d: one length for every sequence."""
     case = make_case([(2, 37, 2)] * 3, dtype=dtype, rotary=make_rotary(64))
     expected = run_cached(case, guard, build_cache(case, guard), decode=True)

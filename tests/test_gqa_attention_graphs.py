@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from support.attention_calls import FUNCTIONS, Call, every_call, make_call
 from support.contract import assert_same, capture, flat
 from support.guard import Guard, same_bytes
+from support.kernels import hopper
 from torch import Tensor
 
 import gqa_kernels
@@ -45,11 +47,15 @@ def test_p22_never_synchronises(gpu: str, op: str, call: dict[str, Any]) -> None
 
 @every_call
 def test_p23_replay_equals_eager(gpu: str, op: str, call: dict[str, Any]) -> None:
-    """Captured once; then q, the lengths and the pages change in place."""
+    """Captured once; then q, the lengths, the offsets and the pages change in place."""
     given = owned_call(op, call, gpu).keywords
-    graph, captured = capture(lambda: FUNCTIONS[op](**given))
+    with hopper(gpu) if "head_dim" in call else nullcontext():
+        graph, captured = capture(lambda: FUNCTIONS[op](**given))
     for length in (0, 5, 11):
         given["q"].normal_()
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            if name in given:
+                given[name][1:-1] = length
         if "cache_seqlens" in given:
             given["cache_seqlens"].fill_(length)
         if "block_table" in given:
@@ -185,19 +191,35 @@ def test_p24_side_stream(gpu: str) -> None:
     assert_same(result, expected)
 
 
-def test_p15_the_knob_matters(gpu: str) -> None:
-    """Without batch_invariant a long row alone is divided and one of many is not; with it, both alike."""
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_p15_the_knob_matters(gpu: str, head_dim: int) -> None:
+    """The negative control: a row alone and among others has the same bytes with batch_invariant, and without it the
+    very comparison fails, as other splits round otherwise."""
+    half = {"device": gpu, "dtype": torch.bfloat16}
+    q = torch.randn(64, 1, 8, head_dim, **half)
+    caches = [torch.randn(64, 4096, 2, head_dim, **half) for _ in range(2)]
+    lengths = torch.full((64,), 4000, device=gpu, dtype=torch.int32)
 
-    def splits(batch: int, **options: Any) -> int:
-        q = torch.randn(batch, 1, 8, 64, device=gpu, dtype=torch.bfloat16)
-        caches = [torch.randn(batch, 4096, 2, 64, device=gpu, dtype=torch.bfloat16) for _ in range(2)]
-        lengths = torch.full((batch,), 4000, device=gpu, dtype=torch.int32)
-        with gqa_kernels.record_launches() as launches:
-            gqa_attention_decode(q, *caches, cache_seqlens=lengths, **options)
-        return max(launch["num_splits"] for launch in launches)
+    def depends_on_the_batch(**options: Any) -> tuple[bool, bool]:
+        """Whether the plan does, and whether the bytes do."""
+        results, splits = [], []
+        for batch in (1, 64):
+            with gqa_kernels.record_launches() as launches:
+                results.append(
+                    gqa_attention_decode(
+                        q[:batch],
+                        *(cache[:batch] for cache in caches),
+                        cache_seqlens=lengths[:batch],
+                        return_lse=True,
+                        **options,
+                    )
+                )
+            splits.append(max(launch["num_splits"] for launch in launches))
+        same = all(same_bytes(alone, among[:1]) for alone, among in zip(*results))
+        return splits[0] != splits[1], not same
 
-    assert splits(1) > 1 and splits(1) != splits(512)
-    assert splits(1, batch_invariant=True) == splits(512, batch_invariant=True)
+    assert depends_on_the_batch() == (True, True)
+    assert depends_on_the_batch(batch_invariant=True) == (False, False)
 
 
 def test_p9_nothing_to_launch(gpu: str) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from support.attention import Result, make_case, make_rotary
+from support.attention import Case, Result, make_case, make_rotary
 from support.attention_layout import build_cache, lengths_to_offsets, packed, run_cached, run_prefill
 from support.bounds import DTYPES
 from support.guard import Guard, same_bytes
+from support.kernels import hopper
 from torch import Tensor
 
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
+
+pytestmark = pytest.mark.parametrize("device", ["cpu", "cuda", "cuda portable"], indirect=True)
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -39,10 +44,17 @@ def assert_same(actual: Result, expected: Result, what: str) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("head_dim", [64, 40])
-def test_p11_prefill(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
-    case = make_case([(21, 0, 21)] * 2, dtype=dtype, heads=(6, 2), head_dim=head_dim)
+@pytest.mark.parametrize("queries, head_dim", [(21, 64), (21, 40), (70, 40), (130, 64), (70, 96), (70, 128), (70, 256)])
+def test_p11_prefill(guard: Guard, dtype: torch.dtype, queries: int, head_dim: int) -> None:
+    """70 queries and more run on Hopper's kernel, whatever the views: they decide over no kernel."""
+    case = make_case([(queries, 0, queries)] * 2, dtype=dtype, heads=(6, 2), head_dim=head_dim)
+    with hopper(guard.device) if queries >= 64 and dtype != torch.float32 else nullcontext():
+        check_views_of_prompts(case, guard)
+
+
+def check_views_of_prompts(case: Case, guard: Guard) -> None:
     expected = run_prefill(case, guard)
+    case.check(expected)
     tensors = {name: guard.place(torch.stack(getattr(case, name))) for name in ("q", "k", "v")}
     for name, tensor in tensors.items():
         for layout, view in views(tensor, guard).items():
@@ -54,11 +66,17 @@ def test_p11_prefill(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
 
 
 @every_dtype
-def test_p11_prefill_ragged(guard: Guard, dtype: torch.dtype) -> None:
-    case = make_case([(13, 0, 13), (30, 0, 30)], dtype=dtype, heads=(6, 2))
+@pytest.mark.parametrize("long, head_dim", [(30, 64), (130, 64), (70, 128)])
+def test_p11_prefill_ragged(guard: Guard, dtype: torch.dtype, long: int, head_dim: int) -> None:
+    case = make_case([(13, 0, 13), (long, 0, long)], dtype=dtype, heads=(6, 2), head_dim=head_dim)
+    with hopper(guard.device) if long >= 64 and dtype != torch.float32 else nullcontext():
+        check_views_of_a_ragged_batch(case, guard, long)
+
+
+def check_views_of_a_ragged_batch(case: Case, guard: Guard, long: int) -> None:
     expected = run_prefill(case, guard, ragged=True)
-    offsets = guard.ints(lengths_to_offsets([13, 30]))
-    strided = guard.ints(torch.tensor([0, 9, 13, 9, 43, 9]))[::2]
+    offsets = guard.ints(lengths_to_offsets([13, long]))
+    strided = guard.ints(torch.tensor([0, 9, 13, 9, 13 + long, 9]))[::2]
     tensors = {name: guard.place(torch.cat(getattr(case, name))) for name in ("q", "k", "v")}
     for name, tensor in tensors.items():
         for layout, view in views(tensor, guard).items():
@@ -70,6 +88,11 @@ def test_p11_prefill_ragged(guard: Guard, dtype: torch.dtype) -> None:
 @every_dtype
 def test_p11_expanded(guard: Guard, dtype: torch.dtype) -> None:
     """Strides of 0: one sequence, or one head, seen many times."""
+    q = guard.randn(1, 70, 1, 64, dtype=dtype).expand(3, 70, 4, 64)
+    k, v = (guard.randn(1, 90, 1, 64, dtype=dtype).expand(3, 90, 2, 64) for _ in range(2))
+    with hopper(guard.device) if dtype != torch.float32 else nullcontext():
+        expected = gqa_attention_prefill(q.contiguous(), k.contiguous(), v.contiguous())
+        assert same_bytes(gqa_attention_prefill(q, k, v), expected)
     q = guard.randn(1, 9, 1, 64, dtype=dtype).expand(3, 9, 4, 64)
     k, v = (guard.randn(1, 9, 1, 64, dtype=dtype).expand(3, 9, 2, 64) for _ in range(2))
     expected = gqa_attention_prefill(q.contiguous(), k.contiguous(), v.contiguous())
@@ -99,6 +122,30 @@ def test_p11_cache(guard: Guard, dtype: torch.dtype, decode: bool, page_size: in
         assert_same(run_cached(case, guard, cache, decode=decode), expected, layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_size", [None, 64])
+def test_p11_cache_under_many_queries(guard: Guard, dtype: torch.dtype, page_size: int | None, head_dim: int) -> None:
+    """Layouts with aligned rows give the same bytes. Others are read by another kernel, which agrees within P1."""
+    case = make_case([(70, cached, 70) for cached in (0, 40, 70)], dtype=dtype, heads=(6, 2), head_dim=head_dim)
+    with hopper(guard.device):
+        expected = run_cached(case, guard, build_cache(case, guard, page_size=page_size))
+        case.check(expected)
+        heads_first = build_cache(case, guard, page_size=page_size, heads_first=True)
+        assert_same(run_cached(case, guard, heads_first), expected, "heads first")
+        for layout in ("sliced", "longer", "transposed batch", "k and v together"):
+            cache = build_cache(case, guard, page_size=page_size)
+            if layout == "k and v together":
+                cache.k, cache.v = guard.place(torch.stack([cache.k, cache.v], 2), writable=True).unbind(2)
+            else:
+                cache.k, cache.v = views(cache.k, guard)[layout], views(cache.v, guard)[layout]
+            assert_same(run_cached(case, guard, cache), expected, layout)
+    for layout in ("odd strides", "misaligned"):
+        cache = build_cache(case, guard, page_size=page_size)
+        cache.k, cache.v = views(cache.k, guard)[layout], views(cache.v, guard)[layout]
+        case.check(run_cached(case, guard, cache), layout)
+
+
 @every_dtype
 @pytest.mark.parametrize("decode", [False, True])
 def test_p11_new_tokens(guard: Guard, dtype: torch.dtype, decode: bool) -> None:
@@ -125,7 +172,7 @@ def test_p11_new_tokens(guard: Guard, dtype: torch.dtype, decode: bool) -> None:
 
 
 @every_dtype
-def test_cache_strided_in_its_last_dimension_is_refused(device: str, dtype: torch.dtype) -> None:
+def test_p11_cache_strided_in_its_last_dimension_is_refused(device: str, dtype: torch.dtype) -> None:
     """It cannot be copied, as it is written in place."""
     q, new = torch.zeros(2, 1, 4, 64, dtype=dtype, device=device), torch.zeros(2, 1, 2, 64, dtype=dtype, device=device)
     caches = [torch.zeros(2, 8, 2, 128, dtype=dtype, device=device) for _ in range(2)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +14,13 @@ from support.attention import Case, Result, make_case, make_rotary, visible
 from support.attention_layout import INT_MAX, INT_MIN, Cache, build_cache, run_cached, run_prefill
 from support.bounds import DTYPES
 from support.guard import Guard, same_bytes
+from support.kernels import hopper
 from torch import Tensor
 
 import gqa_kernels
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
+
+pytestmark = pytest.mark.parametrize("device", ["cpu", "cuda", "cuda portable"], indirect=True)
 
 POISONS = [math.nan, math.inf, -math.inf]
 CACHED = {"decode": True, "prefill": False}
@@ -33,14 +38,18 @@ def by_sequence(result: Result, batch: int) -> list[Result]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", CACHED)
 @pytest.mark.parametrize("page_size", [None, 1, 16])
-@pytest.mark.parametrize("new", [3, 0])
-def test_p2_reads_only_what_it_may(guard: Guard, dtype: torch.dtype, op: str, page_size: int | None, new: int) -> None:
+@pytest.mark.parametrize("appends", [True, False])
+def test_p2_reads_only_what_it_may(
+    guard: Guard, dtype: torch.dtype, op: str, page_size: int | None, appends: bool
+) -> None:
     """NaN and infinities in front of leftpad, behind the last key and in spare pages; nonsense behind the pages."""
-    for options in ({}, {"leftpad": [4, 0, 0, 20, 0]}, {"sinks": torch.ones(4)}, {"window": (9, -1)}):
-        case = make_case([(3, cached, new) for cached in (10, 0, 65, 40, 130)], dtype=dtype, **options)
+    everything = ({}, {"leftpad": [4, 0, 0, 20, 0]}, {"sinks": torch.ones(4)}, {"window": (9, -1)})
+    for options, queries in itertools.product(everything, (3,) if CACHED[op] else (3, 70)):
+        lengths = [(queries, cached, queries if appends else 0) for cached in (10, 0, 65, 40, 130)]
+        case = make_case(lengths, dtype=dtype, **options)
 
         def run(fill: float, case: Case = case) -> Result:
-            cache = build_cache(case, guard, page_size=page_size, capacity=200, fill=fill)
+            cache = build_cache(case, guard, page_size=page_size, capacity=208, fill=fill)
             return run_cached(case, guard, cache, decode=CACHED[op])
 
         clean = run(0.0)
@@ -68,15 +77,18 @@ def test_p2_block_table_is_not_read_past_the_last_page(guard: Guard, dtype: torc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_p2_ragged_neighbours(guard: Guard, dtype: torch.dtype) -> None:
     """A sequence of NaN between two others touches neither."""
-    case = make_case([(13, 0, 20), (9, 0, 9), (30, 0, 30)], dtype=dtype)
-    clean = run_prefill(case, guard, ragged=True)
-    for poison in POISONS:
-        for name in ("q", "k", "v"):
-            parts = list(getattr(case, name))
-            parts[1] = torch.full_like(parts[1], poison)
-            out, lse = run_prefill(case.change(**{name: parts}), guard, ragged=True)
-            for rows in (slice(0, 13), slice(22, 52)):
-                assert same_bytes(out[rows], clean[0][rows]) and same_bytes(lse[:, rows], clean[1][:, rows])
+    for lengths in ([(13, 0, 20), (9, 0, 9), (30, 0, 30)], [(70, 0, 100), (130, 0, 90), (65, 0, 65)]):
+        case = make_case(lengths, dtype=dtype)
+        first, last = lengths[0][0], lengths[0][0] + lengths[1][0]
+        with hopper(guard.device) if first == 70 and dtype != torch.float32 else nullcontext():
+            clean = run_prefill(case, guard, ragged=True)
+            for poison in POISONS:
+                for name in ("q", "k", "v"):
+                    parts = list(getattr(case, name))
+                    parts[1] = torch.full_like(parts[1], poison)
+                    out, lse = run_prefill(case.change(**{name: parts}), guard, ragged=True)
+                    for rows in (slice(0, first), slice(last, None)):
+                        assert same_bytes(out[rows], clean[0][rows]) and same_bytes(lse[:, rows], clean[1][:, rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -212,14 +224,27 @@ def test_p6_bad_rotary_position(guard: Guard, dtype: torch.dtype, op: str) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_p6_bad_cu_seqlens(guard: Guard, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("unit", [1, 14])
+def test_p6_bad_cu_seqlens(guard: Guard, dtype: torch.dtype, unit: int) -> None:
     """Offsets past the end, negative, or longer than max_seqlen: NaN for that sequence only."""
-    case = make_case([(6, 0, 6), (9, 0, 9), (5, 0, 5)], dtype=dtype)
+    with hopper(guard.device) if unit > 1 and dtype != torch.float32 else nullcontext():
+        check_bad_offsets(guard, dtype, unit)
+
+
+def check_bad_offsets(guard: Guard, dtype: torch.dtype, unit: int) -> None:
+    """Of sequences of 6, 9 and 5 units."""
+    case = make_case([(n * unit, 0, n * unit) for n in (6, 9, 5)], dtype=dtype)
     q, k, v = (guard.place(torch.cat(part)) for part in (case.q, case.k, case.v))
     good = [0, 6, 15, 20]
 
+    def units(offsets: list[int]) -> Tensor:
+        """Extremes stay as they are; one unit too far may be one token."""
+        exact = {21: 20 * unit + 1, 1: 1, -1: -1, INT_MAX: INT_MAX, INT_MIN: INT_MIN}
+        return guard.ints([exact.get(n, n * unit) for n in offsets])
+
     def run(offsets_q: list[int], offsets_k: list[int], **limits: int) -> Result:
-        offsets = {"cu_seqlens_q": guard.ints(offsets_q), "cu_seqlens_k": guard.ints(offsets_k)}
+        offsets = {"cu_seqlens_q": units(offsets_q), "cu_seqlens_k": units(offsets_k)}
+        limits = {name: n * unit for name, n in limits.items()}
         out, lse = gqa_attention_prefill(q, k, v, **offsets, return_lse=True, **limits)
         return out, lse
 
@@ -227,7 +252,8 @@ def test_p6_bad_cu_seqlens(guard: Guard, dtype: torch.dtype) -> None:
     case.check(clean)
 
     def check(result: Result, bad: slice, what: str) -> None:
-        rows = torch.ones(20, dtype=torch.bool)
+        rows = torch.ones(20 * unit, dtype=torch.bool)
+        bad = slice(bad.start * unit, bad.stop * unit)
         rows[bad] = False
         assert same_bytes(result[0][rows], clean[0][rows]) and same_bytes(result[1][:, rows], clean[1][:, rows]), what
         assert bool(result[0][bad].isnan().all()) and bool(result[1][:, bad].isnan().all()), what
@@ -252,23 +278,31 @@ def test_p6_bad_cu_seqlens(guard: Guard, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_p8_nan_reaches_who_attends_to_it(guard: Guard, dtype: torch.dtype) -> None:
     """A NaN key: out and lse of the queries that see it, of its own heads and sequence, are NaN; all else as ever."""
-    case = make_case([(20, 0, 20), (20, 0, 20)], dtype=dtype, heads=(6, 2), window=(7, -1))
-    for run in ("dense", "ragged", "cache"):
+    for count, run, head_dim in itertools.product((20, 150), ("dense", "ragged", "cache"), wide_dims(guard)):
+        case = make_case([(count, 0, count)] * 2, dtype=dtype, heads=(6, 2), head_dim=head_dim, window=(7, -1))
         clean = attend(case, guard, run)
         k = [x.clone() for x in case.k]
         k[1][9, 1, 5] = math.nan
         out, lse = attend(case.change(k=k), guard, run)
-        hit = torch.zeros(40, 6, dtype=torch.bool)
-        hit[20:, 3:] = torch.from_numpy(visible(case, 1)[:, 9])[:, None]
-        assert bool(out[hit].isnan().all()) and bool(lse[hit.T].isnan().all()), run
-        assert same_bytes(out[~hit], clean[0][~hit]) and same_bytes(lse[~hit.T], clean[1][~hit.T]), run
+        hit = torch.zeros(2 * count, 6, dtype=torch.bool)
+        hit[count:, 3:] = torch.from_numpy(visible(case, 1)[:, 9])[:, None]
+        assert bool(out[hit].isnan().all()) and bool(lse[hit.T].isnan().all()), (run, count, head_dim)
+        assert same_bytes(out[~hit], clean[0][~hit]) and same_bytes(lse[~hit.T], clean[1][~hit.T]), (run, count)
+
+
+def wide_dims(guard: Guard) -> tuple[int, ...]:
+    """Of each kernel for Hopper."""
+    return (64, 96, 128, 256) if guard.device == "cuda" else (64,)
 
 
 def attend(case: Case, guard: Guard, how: str) -> Result:
-    if how in ("dense", "ragged"):
-        return run_prefill(case, guard, ragged=how == "ragged")
-    over = case.change(new=[0] * case.batch)
-    return run_cached(over, guard, build_cache(over, guard), decode=how == "decode")
+    halves = case.dtype != torch.float32
+    few = len(case.q[0]) * case.heads[0] // case.heads[1] <= 8
+    with hopper(guard.device) if halves and (few if how == "decode" else len(case.q[0]) >= 64) else nullcontext():
+        if how in ("dense", "ragged"):
+            return run_prefill(case, guard, ragged=how == "ragged")
+        over = case.change(new=[0] * case.batch)
+        return run_cached(over, guard, build_cache(over, guard), decode=how == "decode")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -297,21 +331,21 @@ def test_p8_nan_query_and_value(guard: Guard, dtype: torch.dtype) -> None:
 def test_p10_masked_never_matters(guard: Guard, dtype: torch.dtype, how: str, part: str, poison: str) -> None:
     """Whatever a masked key or value holds, the bytes of those who do not see it stay."""
     value = {"largest": torch.finfo(dtype).max, "nan": math.nan, "inf": math.inf}[poison]
-    queries = 6 if how == "decode" else 70
-    case = make_case([(queries, 0, 70)] * 2, dtype=dtype, heads=(4, 2), window=(25, -1))
-
-    clean = attend(case, guard, how)
-    seen = visible(case, 0)
-    for query in (0, queries // 2, queries - 1):
-        hidden = torch.from_numpy(~seen[query])
-        if not bool(hidden.any()):
-            continue
-        tensors = [x.clone() for x in getattr(case, part)]
-        for x in tensors:
-            x[hidden] = value
-        out, lse = attend(case.change(**{part: tensors}), guard, how)
-        rows = [query, queries + query]
-        assert same_bytes(out[rows], clean[0][rows]) and same_bytes(lse[:, rows], clean[1][:, rows]), query
+    queries = 4 if how == "decode" else 70
+    for head_dim in wide_dims(guard):
+        case = make_case([(queries, 0, 70)] * 2, dtype=dtype, heads=(4, 2), head_dim=head_dim, window=(25, -1))
+        clean = attend(case, guard, how)
+        seen = visible(case, 0)
+        for query in (0, queries // 2, queries - 1):
+            hidden = torch.from_numpy(~seen[query])
+            if not bool(hidden.any()):
+                continue
+            tensors = [x.clone() for x in getattr(case, part)]
+            for x in tensors:
+                x[hidden] = value
+            out, lse = attend(case.change(**{part: tensors}), guard, how)
+            rows = [query, queries + query]
+            assert same_bytes(out[rows], clean[0][rows]) and same_bytes(lse[:, rows], clean[1][:, rows]), query
 
 
 def test_p6_validation_names_the_index(device: str) -> None:

@@ -54,7 +54,7 @@ def test_p1_scores_with_a_trend(guard: Guard, dtype: torch.dtype, head_dim: int,
 @every_dtype
 @every_head_dim
 @every_tile
-def test_loud_rows_leave_their_neighbours_alone(guard: Guard, dtype: torch.dtype, head_dim: int, tile: str) -> None:
+def test_p15_loud_rows_leave_their_neighbours_alone(guard: Guard, dtype: torch.dtype, head_dim: int, tile: str) -> None:
     """Bit for bit: what one row's scores ask for is done to that row only."""
     case = tile_case(tile, dtype, head_dim)
     out, lse = run(case, guard)
@@ -74,7 +74,7 @@ def test_loud_rows_leave_their_neighbours_alone(guard: Guard, dtype: torch.dtype
 @every_dtype
 @every_head_dim
 @every_tile
-def test_values_out_of_sight_may_be_anything(guard: Guard, dtype: torch.dtype, head_dim: int, tile: str) -> None:
+def test_p8_values_out_of_sight_may_be_anything(guard: Guard, dtype: torch.dtype, head_dim: int, tile: str) -> None:
     """Rows that do not see a NaN keep their bytes; those that do become NaN, in its columns."""
     case = tile_case(tile, dtype, head_dim)
     out, _ = run(case, guard)

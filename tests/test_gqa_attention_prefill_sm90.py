@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from support.attention import Case, make_case
 from support.attention_layout import build_cache, packed, run_cached, run_prefill
 from support.guard import Guard, same_bytes
+from support.kernels import hopper
 from torch import Tensor
 
 from gqa_kernels import gqa_attention_prefill
@@ -25,6 +28,13 @@ LENGTHS += [(128, 128), (256, 256), (300, 300), (100, 355), (384, 640)]
 every_half = pytest.mark.parametrize("dtype", HALVES)
 every_width = pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 every_mask = pytest.mark.parametrize("causal", [False, True])
+
+
+@pytest.fixture(autouse=True)
+def _served_by_warpgroups(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every call of a test over tensors."""
+    with hopper(request.getfixturevalue("guard").device) if "guard" in request.fixturenames else nullcontext():
+        yield
 
 
 def dense_case(
@@ -146,7 +156,7 @@ def test_p8_values_reach_who_attends_to_them(guard: Guard, dtype: torch.dtype, h
 
 @every_half
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 128, 256])
-def test_p14_neighbours_do_not_decide_over_bytes(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
+def test_p15_neighbours_do_not_decide_over_bytes(guard: Guard, dtype: torch.dtype, head_dim: int) -> None:
     """Rows whose weights overflow, or are NaN, leave the rows beside them as they are."""
     case = dense_case(128, 900, dtype, head_dim, causal=False, batch=1)
     q, k, v = (guard.place(torch.stack(x), writable=True) for x in (case.q, case.k, case.v))
@@ -191,30 +201,39 @@ def test_p1_options_and_ragged(guard: Guard, dtype: torch.dtype, head_dim: int, 
 @every_mask
 @pytest.mark.parametrize("head_dim", [40, 64])
 def test_p1_tall_tiles(guard: Guard, dtype: torch.dtype, head_dim: int, causal: bool) -> None:
-    """Narrow heads have tiles of 192 rows where these are many."""
-    batch = 5 if guard.device == "cuda" else 1
+    """Narrow heads have tiles of 192 rows where these are many. Sequences are alike: the first is compared."""
+    batch = 20 if guard.device == "cuda" else 2
     for queries, keys in [(300, 300), (193, 450), (385, 129)]:
-        case = dense_case(queries, keys, dtype, head_dim, causal, heads=(40, 8), batch=batch)
-        dense = run_prefill(case, guard, return_lse=True)
-        case.check(dense, f"{queries} queries, {keys} keys")
+        case = dense_case(queries, keys, dtype, head_dim, causal, heads=(10, 2), batch=1)
         steep = case.change(k=[x * torch.linspace(60, 0.1, keys)[:, None, None].to(dtype) for x in case.k])
-        steep.check(run_prefill(steep, guard, return_lse=True), "steep")
-        if queries == keys:
-            for part, other in zip(dense, run_prefill(case, guard, ragged=True, return_lse=True)):
-                assert same_bytes(part, other), "ragged differs from dense"
+        for one, what in ((case, f"{queries} queries, {keys} keys"), (steep, "steep")):
+            for ragged in (False, True) if queries == keys else (False,):
+                out, lse = run_prefill(one.pick([0] * batch), guard, ragged=ragged, return_lse=True)
+                first = out[:queries], lse[:, :queries]
+                one.check(first, what)
+                assert same_bytes(out, first[0].repeat(batch, 1, 1)), "a row's bytes depend on where its tile is"
+                assert same_bytes(lse, first[1].repeat(1, batch))
 
 
 @every_half
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("count", [40, 255, 256, 300])
 def test_p9_many_sequences(guard: Guard, dtype: torch.dtype, head_dim: int, count: int) -> None:
-    """More than one warp looks at once; and more than there are places for."""
-    generator = torch.Generator().manual_seed(count)
+    """More than one warp looks at once; and more than there are places for. Of each length the first is compared."""
     count = count if guard.device == "cuda" else 40
-    lengths = torch.randint(0, 100, (count,), generator=generator).tolist()
-    lengths[count // 2] = 400
+    lengths = [0, 1, 7, 33, 64, 65, 99, 400]
     case = make_case([(n, 0, n) for n in lengths], dtype=dtype, head_dim=head_dim)
-    case.check(run_prefill(case, guard, ragged=True, return_lse=True))
+    order = torch.randint(0, len(lengths) - 1, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    order[count // 2] = len(lengths) - 1
+    out, lse = run_prefill(case.pick(order), guard, ragged=True, return_lse=True)
+    sizes = [lengths[kind] for kind in order]
+    parts = list(zip(out.split(sizes), lse.split(sizes, 1)))
+    first = dict(reversed(list(zip(order, parts))))
+    kinds = sorted(first)
+    outs, lses = zip(*(first[kind] for kind in kinds))
+    case.pick(kinds).check((torch.cat(outs), torch.cat(lses, 1)))
+    for kind, part in zip(order, parts):
+        assert same_bytes(part[0], first[kind][0]) and same_bytes(part[1], first[kind][1]), lengths[kind]
 
 
 @every_half

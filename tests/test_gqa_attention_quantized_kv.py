@@ -67,6 +67,32 @@ def test_p1_head_dim(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> Non
 
 @every_dtype
 @every_format
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_p1_heads_of_a_block(guard: Guard, dtype: torch.dtype, kind: torch.dtype, head_dim: int) -> None:
+    """Blocks take several heads with narrow rows, the last of them perhaps fewer."""
+    for heads in ((1, 1), (3, 3), (14, 2), (35, 5)):
+        for queries, new in ((1, 1), (1, 0), (2 if heads[0] < 7 else 1, 1)):
+            lengths = [(queries, cached, queries if new else 0) for cached in (40, 131, 1000)]
+            case = make_case(lengths, dtype=dtype, heads=heads, head_dim=head_dim, sinks=torch.randn(heads[0]))
+            for page_size in (None, 16):
+                check(Quantized.fit(case, kind, per_head=True), guard, f"{heads}, {new} new", page_size=page_size)
+
+
+@every_dtype
+@every_format
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_p1_unlike_lengths(guard: Guard, dtype: torch.dtype, kind: torch.dtype, head_dim: int) -> None:
+    """All lengths together say how many blocks take part in one sequence."""
+    on_gpu = guard.device == "cuda"
+    for new in (1, 0):
+        lengths = [16200 if on_gpu else 300, 5, 777, 0, *((37 * b) % 90 for b in range(120 if on_gpu else 9))]
+        case = make_case([(1, n, new) for n in lengths], dtype=dtype, heads=(4, 2), head_dim=head_dim)
+        capacity = 32768 if on_gpu else None
+        check(Quantized.fit(case, kind, per_head=True), guard, f"{new} new", page_size=64, capacity=capacity)
+
+
+@every_dtype
+@every_format
 def test_p1_every_length(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
     """Every length about the edges of tiles, with whatever bytes where no key is."""
     for queries, new in ((1, 1), (1, 0), (5, 5), (2, 0)):
@@ -149,7 +175,7 @@ def test_p1_long(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
 @every_dtype
 @every_format
 @pytest.mark.parametrize("per_head", [False, True])
-def test_distance_to_the_unquantised(guard: Guard, dtype: torch.dtype, kind: torch.dtype, per_head: bool) -> None:
+def test_p1_distance_to_the_unquantised(guard: Guard, dtype: torch.dtype, kind: torch.dtype, per_head: bool) -> None:
     """Worst and typical distance follow from the format's step."""
     for queries, new in ((1, 1), (4, 4), (1, 0)):
         case = make_case([(queries, n, new) for n in (300, 77, 20)], dtype=dtype, heads=(8, 2), head_dim=64)
@@ -171,7 +197,7 @@ def test_p1_queries_of_any_size(guard: Guard, dtype: torch.dtype, kind: torch.dt
 
 @every_dtype
 @every_format
-def test_weights_far_below_the_largest_count(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
+def test_p1_weights_far_below_the_largest_count(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
     """One key of weight 1, thousands of 2^-17 each: together they are worth what they are."""
     keys = 4096 if guard.device == "cuda" else 1024
     case = make_case([(1, keys, 0)] * 2, dtype=dtype, heads=(4, 1), head_dim=64, scale=1.0)
@@ -186,7 +212,7 @@ def test_weights_far_below_the_largest_count(guard: Guard, dtype: torch.dtype, k
 
 @every_dtype
 @every_format
-def test_append(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
+def test_p1_append(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> None:
     """Nearest even, held within the largest number, NaN as documented: the bytes of torch's own conversion."""
     largest = LARGEST[kind]
     special = [
@@ -310,7 +336,7 @@ def test_p6_bad_lengths(guard: Guard, dtype: torch.dtype, kind: torch.dtype) -> 
 @every_dtype
 @every_format
 @pytest.mark.parametrize("paged", [False, True])
-def test_caches(device: str, dtype: torch.dtype, kind: torch.dtype, paged: bool) -> None:
+def test_p13_caches(device: str, dtype: torch.dtype, kind: torch.dtype, paged: bool) -> None:
     """A cache that owns its scales: append, attend, fork, grow and crop are those of the ops."""
     make: Any = PagedKVCache if paged else KVCache
     scales = torch.rand(2, 3) * 0.02 + 0.02
@@ -345,7 +371,7 @@ def place(x: torch.Tensor, device: str) -> torch.Tensor:
     return movable(x.contiguous()).to(device).view(x.dtype)
 
 
-def test_refused(device: str) -> None:
+def test_p20_refused(device: str) -> None:
     """Misuse, each by name."""
 
     def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -437,7 +463,7 @@ def test_p13_append_then_read(guard: Guard, dtype: torch.dtype, kind: torch.dtyp
     assert same_cache(together.k, apart.k) and same_cache(together.v, apart.v)
 
 
-def test_dequantize_is_exact(device: str) -> None:
+def test_p1_dequantize_is_exact(device: str) -> None:
     """The reference's own arithmetic: every stored number is itself."""
     every = torch.arange(256, dtype=torch.uint8)
     for kind in FORMATS:

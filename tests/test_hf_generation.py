@@ -18,6 +18,7 @@ from gqa_kernels.hf import generate
 from gqa_kernels.hf.generation import graphs, prefill, step
 from gqa_kernels.hf.generation.state import State
 from gqa_kernels.hf.generation.weights import read_weights
+from gqa_kernels.hf.generation.whole_step import whole_step
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen2 sliding", "qwen3", "phi3", "phi4"]
 PROMPTS = {"single": [11], "left-padded": [11, 4, 23]}
@@ -124,10 +125,11 @@ def test_greedy_tokens_bfloat16(device: str, family: str, prompt: str) -> None:
     assert torch.equal(tokens[:, start:][decided], expected.argmax(-1)[decided])
 
 
+@pytest.mark.parametrize("whole_steps", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_p1_logits(device: str, family: str, dtype: torch.dtype) -> None:
-    """Of the prompt and of steps after it, fed the same tokens."""
+def test_p1_logits(device: str, family: str, dtype: torch.dtype, whole_steps: bool) -> None:
+    """Of the prompt and of steps after it, fed the same tokens; by an op for each part, or one for the step."""
     model = shared_model(family, device, dtype)
     exact, inputs, prompt = copy.deepcopy(model).double(), make_prompt(device, [30, 17]), 24
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -143,8 +145,11 @@ def test_p1_logits(device: str, family: str, dtype: torch.dtype) -> None:
         logits = [prefill.Prefill(weights, state, None)(ids[:, :prompt], padded=True)]
         for position in range(prompt, ids.shape[1]):
             state.set_place(2, position, 0)
-            hidden = step.embed(weights, ids[:, position])[:, None]
-            logits.append(step.logits_of(weights, step.forward(weights, state, hidden, padded=True)))
+            state.hidden.copy_(step.embed(weights, ids[:, position])[:, None])
+            whole = whole_step(weights, state, padded=True) if whole_steps else None
+            if whole is None:
+                whole = step.logits_of(weights, step.forward(weights, state, state.hidden, padded=True))
+            logits.append(whole)
     assert_within_bound(torch.stack(logits, 1), to_numpy(reference), baseline, attention_extra=0.0, what="logits")
 
 

@@ -26,12 +26,28 @@ def weights_of(guard: Guard, inside: int, outs: tuple[int, ...], dtype: torch.dt
     return [guard.randn(out, inside, dtype=dtype, scale=inside**-0.5) for out in outs]
 
 
-def reference(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> np.ndarray:
+def scaled_weights_of(guard: Guard, inside: int, outs: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """float8_e4m3fn weights over all of their range, and scales that make their products about as large as x."""
+    weights = [(torch.randn(out, inside) * 150).clamp(-448, 448).to(torch.float8_e4m3fn) for out in outs]
+    scale = (0.5 + torch.rand(sum(outs))) * inside**-0.5 / 150
+    return [guard.place(weight) for weight in weights], guard.place(scale)
+
+
+def reference(
+    x: Tensor, weights: list[Tensor], bias: Tensor | None = None, weight_scale: Tensor | None = None
+) -> np.ndarray:
     result: np.ndarray = np.concatenate([to_numpy(x) @ to_numpy(weight).T for weight in weights], axis=-1)
+    if weight_scale is not None:
+        result = result * to_numpy(weight_scale)
     return result if bias is None else result + to_numpy(bias)
 
 
-def baseline(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> Tensor:
+def baseline(
+    x: Tensor, weights: list[Tensor], bias: Tensor | None = None, weight_scale: Tensor | None = None
+) -> Tensor:
+    if weight_scale is not None:
+        both = torch.cat([weight.float() for weight in weights]) * weight_scale[:, None]
+        return F.linear(x, both.to(x.dtype), bias)
     return F.linear(x, torch.cat(weights), bias)
 
 
@@ -79,18 +95,86 @@ def test_p1_sizes(guard: Guard, dtype: torch.dtype, sizes: tuple[int, tuple[int,
             assert names == [kernel_for(guard.device, dtype, tokens)]
 
 
+@pytest.mark.abi
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes", [(16, (1,)), (272, (40, 7, 3)), (1008, (3, 0, 130)), (4112, (33,)), (896, (896, 128))]
+)
+def test_p1_scaled_weights(guard: Guard, dtype: torch.dtype, sizes: tuple[int, tuple[int, ...]]) -> None:
+    weights, scale = scaled_weights_of(guard, *sizes)
+    bias = guard.randn(sum(sizes[1]), dtype=dtype)
+    for tokens in (1, 3, 4, 5, 8, 9, 16, 17):
+        x = guard.randn(tokens, sizes[0], dtype=dtype)
+        for static in (False, True):
+            out, names = kernels(x, weights, bias=bias, weight_scale=scale, static_weights=static)
+            assert_within_bound(out, reference(x, weights, bias, scale), baseline(x, weights, bias, scale))
+            assert names == [kernel_for(guard.device, dtype, tokens)]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p8_every_scaled_weight(guard: Guard, dtype: torch.dtype) -> None:
+    """Each of the 256 numbers of float8_e4m3fn alone in a row, at every place of a chunk in turn; NaN stays NaN."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for place in range(0, 128, 5):
+        weights = torch.zeros(256, 128, dtype=torch.float8_e4m3fn)
+        weights.view(torch.uint8)[:, place] = numbers.view(torch.uint8)
+        x = guard.place(torch.ones(2, 128, dtype=dtype))
+        out = linear(x, guard.place(weights), weight_scale=guard.place(torch.full((256,), 0.5)))
+        expected = (numbers.to(dtype) / 2).nan_to_num(999.0).expand(2, 256)
+        assert torch.equal(out.cpu().nan_to_num(999.0), expected)
+
+
+@pytest.mark.abi
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_p1_residual(guard: Guard, dtype: torch.dtype, scaled: bool) -> None:
+    """The product is rounded, then the sum."""
+    outs = (130, 9)
+    weights, scale = scaled_weights_of(guard, 272, outs) if scaled else (weights_of(guard, 272, outs, dtype), None)
+    for tokens in (1, 5, 9, 16, 17):
+        x, bias = guard.randn(tokens, 272, dtype=dtype), guard.randn(139, dtype=dtype)
+        wide = guard.randn(tokens, 150, dtype=dtype)
+        out, names = kernels(x, weights, bias=bias, weight_scale=scale, residual=wide[:, :139])
+        assert same_bytes(out, wide[:, :139] + linear(x, *weights, bias=bias, weight_scale=scale))
+        kernel = kernel_for(guard.device, dtype, tokens)
+        assert names[0] == kernel and len(names) == (1 if kernel == "linear_stream" else 2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p2_layout_of_scales_and_residual_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+    weights, scale = scaled_weights_of(guard, 272, (40, 9))
+    x, residual = guard.randn(5, 272, dtype=dtype), guard.randn(5, 49, dtype=dtype)
+    expected = linear(x, *weights, weight_scale=scale, residual=residual)
+    apart = guard.place(torch.stack([scale.cpu(), torch.full((49,), float("nan"))], 1))[:, 0]
+    out = linear(x, *weights, weight_scale=apart, residual=residual)
+    assert_within_bound(out, to_numpy(expected), expected)
+    out = linear(x, *weights, weight_scale=scale, residual=guard.place(residual.T).T)
+    assert_within_bound(out, to_numpy(expected), expected)
+    given = guard.place(
+        torch.cat([weights[0].cpu().view(torch.uint8), torch.full((40, 16), 0x7F, dtype=torch.uint8)], 1)
+    )
+    views = [given.view(torch.float8_e4m3fn)[:, :272], weights[1]]
+    assert same_bytes(linear(x, *views, weight_scale=scale, residual=residual), expected)
+    views[0] = guard.place(weights[0], offset=1)
+    out = linear(x, *views, weight_scale=scale, residual=residual)
+    assert_within_bound(out, to_numpy(expected), expected)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_p1_a_layer_of_llama(gpu: str, dtype: torch.dtype) -> None:
     guard = Guard(gpu)
     weights = weights_of(guard, 4096, (4096, 1024, 1024), dtype)
+    eights, scale = scaled_weights_of(guard, 4096, (4096, 1024, 1024))
     for tokens in (1, 5, 16, 64):
         x = guard.randn(tokens, 4096, dtype=dtype)
         assert_within_bound(linear(x, *weights), reference(x, weights), baseline(x, weights))
+        out = linear(x, *eights, weight_scale=scale)
+        assert_within_bound(out, reference(x, eights, None, scale), baseline(x, eights, None, scale))
     guard.check()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_p2_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
     """Rows inside wider ones full of NaN; what the kernel's alignment refuses agrees within the bound."""
 
     def inside(tensor: Tensor, gap: int) -> Tensor:
@@ -124,11 +208,14 @@ def test_p8_a_token_with_nan_or_infinity_keeps_to_itself(guard: Guard, dtype: to
     assert same_bytes(out[keep], clean[keep])
 
 
-def test_p10_bitwise_repeatable(guard: Guard) -> None:
+def test_p14_bitwise_repeatable(guard: Guard) -> None:
     x, weights = guard.randn(16, 896, dtype=torch.bfloat16), weights_of(guard, 896, (896, 128, 128), torch.bfloat16)
     first = linear(x, *weights)
+    eights, scale = scaled_weights_of(guard, 896, (896, 128, 128))
+    scaled = linear(x, *eights, weight_scale=scale)
     for i in range(20):
         assert same_bytes(linear(x, *weights, static_weights=i % 2 == 1), first)
+        assert same_bytes(linear(x, *eights, weight_scale=scale, static_weights=i % 2 == 1), scaled)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
@@ -176,6 +263,9 @@ def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
     for count, bias in ((1, None), (2, guard.randn(120, dtype=dtype)), (3, None)):
         opcheck(op, (x, *weights[:count]), {"bias": bias})
     opcheck(op, (x[0], weights[0]), {"static_weights": True})
+    eights, scale = scaled_weights_of(guard, 64, (88, 32))
+    residual = guard.randn(3, 120, dtype=dtype)
+    opcheck(op, (x, *eights), {"weight_scale": scale, "residual": residual}, skip="test_schema")
 
 
 def test_explain_says_why() -> None:
@@ -192,16 +282,18 @@ def test_explain_says_why() -> None:
     assert explain("linear", torch.zeros(8, 8), torch.zeros(8, 8)).reason.startswith("on the CPU")
 
 
-def test_a_small_matrix_asks_for_little_shared_memory() -> None:
-    """So that the kernel after it finds room on the SM and starts early."""
+def test_an_sm_has_room_for_one_block() -> None:
+    """Or several blocks of the next kernel would start on the SMs that this one leaves first."""
 
-    def shared(outs: int, inside: int) -> int:
-        plan = explain("linear", *(torch.zeros(n, inside, dtype=torch.bfloat16) for n in (1, outs)), device="cuda")
-        return int(plan.launches[0]["shared_memory"])
+    def launch(outs: int, inside: int, tokens: int = 1) -> dict[str, Any]:
+        x, weight = (torch.zeros(n, inside, dtype=torch.bfloat16) for n in (tokens, outs))
+        launches: list[dict[str, Any]] = explain("linear", x, weight, device="cuda").launches
+        return launches[0]
 
-    sums, stages, row = 4 * 8 * 32 * 9, 8 * 33 * 128, 128
-    assert shared(896, 512) == sums + 8 * 9 * row and shared(896, 896) == sums + 2 * 8 * 9 * row
-    assert shared(4096, 4096) == sums + 6 * stages == shared(128256, 4096)
+    sums, row, half = 4 * 8 * 32 * 9, 128, 232448 // 2
+    assert launch(896, 896)["shared_memory"] == launch(1, 64)["shared_memory"] == half
+    assert launch(896, 8192)["shared_memory"] == sums + 12 * 8 * (8 + 1) * row  # deep rings where rows are few
+    assert launch(4096, 4096)["shared_memory"] == launch(128256, 4096)["shared_memory"] == sums + 6 * 8 * 33 * row
 
 
 class Params(ctypes.Structure):
@@ -211,31 +303,42 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("struct_size", "dtype")),
         ("x", ctypes.c_void_p),
         ("weights", ctypes.c_void_p * 3),
-        *((name, ctypes.c_void_p) for name in ("bias", "out")),
+        *((name, ctypes.c_void_p) for name in ("weight_scale", "bias", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("tokens", "in_features")),
         ("out_features", ctypes.c_int64 * 3),
         ("x_stride", ctypes.c_int64),
         ("weight_stride", ctypes.c_int64 * 3),
+        ("residual_stride", ctypes.c_int64),
         ("out_stride", ctypes.c_int64),
         ("static_weights", ctypes.c_int32),
     ]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_cpu_twin(dtype: torch.dtype) -> None:
+def test_the_cpu_twin(dtype: torch.dtype, scaled: bool) -> None:
     """Of the C interface; the op leaves the CPU's products to torch."""
     library = ctypes.CDLL(str(Path(gqa_kernels.__file__).parent / "libgqa_kernels.so"))
     guard = Guard("cpu")
-    x, weights = guard.randn(5, 40, dtype=dtype), weights_of(guard, 40, (67, 21), dtype)
+    x, residual = guard.randn(5, 40, dtype=dtype), guard.randn(5, 88, dtype=dtype)
+    weights, scale = (
+        scaled_weights_of(guard, 40, (67, 21)) if scaled else (weights_of(guard, 40, (67, 21), dtype), None)
+    )
     bias = guard.randn(88, dtype=dtype)
     out = guard.place(torch.zeros(5, 88, dtype=dtype), writable=True)
     p = Params(ctypes.sizeof(Params), DTYPES.index(dtype), x=x.data_ptr(), bias=bias.data_ptr(), out=out.data_ptr())
     p.tokens, p.in_features, p.x_stride, p.out_stride = 5, 40, 40, 88
+    if scale is not None:
+        p.weight_scale = scale.data_ptr()
     for i, weight in enumerate(weights):
         p.weights[i], p.out_features[i], p.weight_stride[i] = weight.data_ptr(), len(weight), 40
     for first, last in ((0, 2), (2, 5)):
         assert library.gqa_linear_cpu(ctypes.byref(p), ctypes.c_int64(first), ctypes.c_int64(last)) == 0
-    assert_within_bound(out, reference(x, weights, bias), baseline(x, weights, bias))
+    assert_within_bound(out, reference(x, weights, bias, scale), baseline(x, weights, bias, scale))
+    before = out.clone()
+    p.residual, p.residual_stride = residual.data_ptr(), 88
+    assert library.gqa_linear_cpu(ctypes.byref(p), ctypes.c_int64(0), ctypes.c_int64(5)) == 0
+    assert same_bytes(out, residual + before)
     guard.check()
 
 
@@ -243,11 +346,20 @@ def test_p17_compile(guard: Guard) -> None:
     x, weights, bias = guard.randn(3, 64), weights_of(guard, 64, (88, 32), torch.float32), guard.randn(120)
     assert_compiles(linear, x, weights[0])
     assert_compiles(lambda *args: linear(*args[:-1], bias=args[-1]), x, *weights, bias)
+    assert_compiles(lambda *args: linear(*args[:-1], residual=args[-1]), x, *weights, guard.randn(3, 120))
 
 
 def test_p20_misuse(device: str) -> None:
     x, w = torch.randn(3, 64, device=device), torch.randn(88, 64, device=device)
+    eight, scale = w.to(torch.float8_e4m3fn), torch.ones(88, device=device)
     cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((x, eight), {}, "weight_scale must come with w1 of float8_e4m3fn, got none"),
+        ((x, w), {"weight_scale": scale}, "w1 must be float8_e4m3fn to go with weight_scale, got float32"),
+        ((x, eight, w), {"weight_scale": scale}, "w2 must be float8_e4m3fn to go with weight_scale, got float32"),
+        ((x, eight), {"weight_scale": scale.half()}, "weight_scale must be float32, got float16"),
+        ((x, eight), {"weight_scale": scale[1:]}, "weight_scale must be one value for each output, [88], got [87]"),
+        ((x, w), {"residual": w[:3]}, "residual must have shape"),
+        ((x, w), {"residual": torch.zeros(3, 88, device=device).half()}, "residual must have the dtype of x (float32)"),
         ((x, w, None, w), {}, "w3 must come with a w2, got none"),
         ((x[0, 0], w), {}, "x must be [..., in_features], got shape []"),
         ((x, w[:, :32]), {}, "w1 must have shape [out_features, 64] to match x, got [88, 32]"),

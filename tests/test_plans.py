@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.calls import random_call
+from support.kernels import HOPPER
 from torch import Tensor
 
 import gqa_kernels
@@ -58,6 +59,10 @@ def decode(
 def test_every_plan_fits_the_device(op: str, gpu: str) -> None:
     for seed in range(20):
         args, kwargs = random_call(op, seed, "cpu")
+        if op == "decoder_step" and GPUS[gpu]["compute_capability"] != 90:
+            with pytest.raises(RuntimeError, match="not sm_90"):
+                plan_for(GPUS[gpu], op, *args, **kwargs)
+            continue
         plan = plan_for(GPUS[gpu], op, *args, **kwargs)
         assert 1 <= len(plan["launches"]) <= 4 and plan["workspace_size"] >= 0
         assert str(plan["reason"]) and not str(plan["reason"]).endswith(".")
@@ -66,6 +71,18 @@ def test_every_plan_fits_the_device(op: str, gpu: str) -> None:
             assert launch["block"][0] * launch["block"][1] * launch["block"][2] <= 1024
             assert launch["shared_memory"] <= GPUS[gpu]["max_shared_memory"]
             assert all(size <= 65535 for size in launch["grid"][1:])
+
+
+@pytest.mark.parametrize("op", HOPPER)
+def test_random_calls_reach_the_hopper_kernels(op: str) -> None:
+    """Of the first four, which most tests of every op make; a quantised cache among them."""
+    reached = []
+    for seed in range(4):
+        args, kwargs = random_call(op, seed, "cpu")
+        plan = plan_for(H200, op, *args, **kwargs)
+        if HOPPER[op] in [launch["kernel"] for launch in plan["launches"]]:
+            reached.append("quantised" if "k_scale" in kwargs else "as it is")
+    assert set(reached) == ({"quantised", "as it is"} if op == "gqa_attention_decode" else {"as it is"})
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -152,23 +169,47 @@ def cluster(plan: dict[str, object]) -> int:
 @pytest.mark.parametrize(
     "heads, batch, capacity, blocks, threads",
     [
-        ((32, 8), 1, 2048, 8, 256),
+        ((32, 8), 1, 2048, 8, 192),
+        ((32, 8), 1, 16384, 8, 192),
         ((32, 8), 1, 32768, 8, 256),
-        ((28, 4), 1, 8192, 16, 256),
-        ((32, 8), 1, 256, 2, 256),
+        ((32, 8), 2, 4096, 4, 192),
+        ((28, 4), 1, 8192, 16, 192),
+        ((32, 8), 1, 256, 2, 192),
         ((32, 8), 8, 4096, 2, 128),
         ((32, 8), 16, 2048, 1, 256),
         ((32, 8), 64, 1024, 1, 256),
         ((32, 8), 64, 2048, 4, 128),
         ((32, 8), 256, 2048, 4, 128),
-        ((32, 8), 16, 32768, 8, 128),
-        ((64, 8), 3, 20000, 8, 128),
+        ((32, 8), 16, 32768, 16, 128),
+        ((64, 8), 3, 20000, 16, 128),
         ((32, 8), 64, 8192, 8, 128),
     ],
 )
 def test_clusters(heads: tuple[int, int], batch: int, capacity: int, blocks: int, threads: int) -> None:
     plan = decode(batch, capacity, heads=heads)
     assert (cluster(plan), plan["launches"][0]["block"][0]) == (blocks, threads)
+
+
+def test_sequences_of_unlike_length_take_turns() -> None:
+    """From the batch, heads and capacity alone: a fixed number of clusters, whatever the batch."""
+
+    def grid(batch: int, capacity: int, **options: object) -> list[int]:
+        return list(decode(batch, capacity, **options)["launches"][0]["grid"])
+
+    for batch in (2, 8, 16, 33):
+        assert grid(batch, 16384) == grid(batch, 32768) == [16, 18, 1]
+    assert grid(16, 4096, heads=(32, 8)) == [2, 8, 16] and grid(16, 8192, heads=(28, 4)) == [2, 4, 16]
+    assert grid(1, 32768)[1:] == [8, 1] and grid(64, 8192)[1:] == [8, 64]
+    assert grid(16, 32768, batch_invariant=True) == [8, 8, 16]
+
+
+@pytest.mark.parametrize("head_dim, kind, blocks", [(96, torch.bfloat16, 2), (96, torch.int8, 4), (64, torch.int8, 2)])
+def test_narrow_rows_are_read_several_heads_at_a_time(head_dim: int, kind: torch.dtype, blocks: int) -> None:
+    for heads in (1, 2, 3, 8, 32):
+        q, cache = wide(2, 1, heads, head_dim), torch.zeros(2, 512, heads, head_dim, dtype=kind)
+        lengths = torch.zeros(2, dtype=torch.int32)
+        plan = plan_for(H200, "gqa_attention_decode", q, cache, cache, cache_seqlens=lengths)
+        assert list(plan["launches"][0]["grid"][1:]) == [-(-heads // blocks), 2]
 
 
 @pytest.mark.parametrize("heads", [(32, 8), (14, 2), (8, 8), (16, 1)])
@@ -289,7 +330,7 @@ def norm_launch(gpu: dict[str, int], op: str, x: Tensor) -> dict[str, object]:
     return launch
 
 
-NORM_WIDTHS = (1, 7, 32, 128, 256, 264, 896, 4096, 4100, 5120, 18944, 32768, 65536)
+NORM_WIDTHS = (1, 7, 32, 128, 256, 264, 268, 896, 4096, 4100, 5120, 14336, 18944, 32768, 65536)
 
 
 @pytest.mark.parametrize("op", ["rmsnorm", "add_rmsnorm"])
@@ -318,19 +359,21 @@ def test_norms_of_rows_without_gaps(op: str, dtype: torch.dtype) -> None:
         launch, portable = (norm_launch(gpu, op, x) for gpu in (H200, A100))
         kernel, (threads, rows_a_block, _) = launch["kernel"], launch["block"]
         whole = hidden % vector == 0
-        vectors = -(-(hidden if whole else hidden + vector // 2) // vector)
+        vectors = -(-hidden // vector) if whole else hidden // vector
         blocks, few = launch["grid"][0] // rows, rows <= 1056
         if whole and vectors <= 128:
             name = "narrow_rows" if vectors <= 32 else "warp_pairs" if vectors <= 64 else "warp_rows"
             assert launch == portable and kernel == f"norm_dense_{name}"
             assert launch["grid"][0] * (2 if vectors <= 64 else 1) * rows_a_block >= rows
             assert threads * rows_a_block in (32, 64, 128, 256) and threads * 4 >= vectors
-        elif hidden % (vector // 2) == 0 and 32 < vectors <= (8192 if whole else 1024):
+        elif hidden % (vector // 2) == 0 and hidden > 32 * vector and vectors <= (8192 if whole else 1023):
             assert kernel == ("norm_dense_rows" if whole else "norm_dense_half_rows")
             assert launch["shared_memory"] == 0
             held = 4 if op == "rmsnorm" and (vectors > 1024 or (not few and (vectors > 512 or not whole))) else 2
             assert threads % 32 == 0 and threads <= 1024 // held and threads * blocks * held >= vectors
             assert (blocks == 1) == (vectors <= 1024) and blocks <= 8
+            if 1536 < vectors <= 2048:
+                assert blocks == (2 if op == "rmsnorm" and not few else 4)
             assert portable == launch if blocks == 1 else portable["kernel"] == "norm_rows"
         else:
             assert kernel in ("norm_rows", "norm_narrow_rows")

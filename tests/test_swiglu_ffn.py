@@ -28,6 +28,27 @@ def weights_of(guard: Guard, hidden: int, intermediate: int, out: int, dtype: to
     return w_gate, w_up, guard.randn(out, intermediate, dtype=dtype, scale=intermediate**-0.5)
 
 
+def scaled_weights_of(
+    guard: Guard, hidden: int, intermediate: int, out: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+    """float8_e4m3fn weights over all of their range, and their scales."""
+
+    def make(rows: int, columns: int) -> Tensor:
+        return guard.place((torch.randn(rows, columns) * 150).clamp(-448, 448).to(torch.float8_e4m3fn))
+
+    scales = {
+        "gate_up_scale": guard.place((0.5 + torch.rand(2 * intermediate)) * hidden**-0.5 / 150),
+        "down_scale": guard.place((0.5 + torch.rand(out)) * intermediate**-0.5 / 150),
+    }
+    return (make(intermediate, hidden), make(intermediate, hidden), make(out, intermediate)), scales
+
+
+def plain(weights: tuple[Tensor, Tensor, Tensor], scales: dict[str, Tensor]) -> list[Tensor]:
+    """What scaled weights stand for, in float32."""
+    parts = [*scales["gate_up_scale"].chunk(2), scales["down_scale"]]
+    return [weight.float() * scale[:, None] for weight, scale in zip(weights, parts)]
+
+
 def reference(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> np.ndarray:
     gate, up = to_numpy(x) @ to_numpy(w_gate).T, to_numpy(x) @ to_numpy(w_up).T
     result: np.ndarray = gate / (1 + np.exp(-gate)) * up @ to_numpy(w_down).T
@@ -38,9 +59,9 @@ def baseline(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down)
 
 
-def kernels(x: Tensor, *weights: Tensor) -> tuple[Tensor, list[str]]:
+def kernels(x: Tensor, *weights: Tensor, **options: Any) -> tuple[Tensor, list[str]]:
     with record_launches() as launches:
-        out = swiglu_ffn(x, *weights)
+        out = swiglu_ffn(x, *weights, **options)
     return out, [launch["kernel"] for launch in launches]
 
 
@@ -74,18 +95,57 @@ def test_p1_sizes(guard: Guard, dtype: torch.dtype, sizes: tuple[int, int, int])
         assert names == (FUSED if served(guard.device, dtype) else ["cpu" if guard.device == "cpu" else "swiglu_rows"])
 
 
+@pytest.mark.abi
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(16, 16, 8), (272, 528, 40), (48, 1008, 3), (1040, 32, 4104), (896, 4864, 896)])
+def test_p1_scaled_weights(guard: Guard, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    weights, scales = scaled_weights_of(guard, *sizes)
+    dense = plain(weights, scales)
+    both = guard.place(torch.cat([weight.cpu().view(torch.uint8) for weight in weights[:2]])).view(torch.float8_e4m3fn)
+    for tokens in (1, 5, 9, 16, 17):
+        x = guard.randn(tokens, sizes[0], dtype=dtype)
+        fused = served(guard.device, dtype) and tokens <= 16
+        for given in (weights, (both, weights[2])):
+            out, names = kernels(x, *given, **scales)
+            assert_within_bound(out, reference(x, *dense), baseline(x, *(w.to(dtype) for w in dense)))
+            assert names == (FUSED if fused else ["cpu" if guard.device == "cpu" else "swiglu_rows"])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_p1_one_half_scaled(guard: Guard, dtype: torch.dtype) -> None:
+    x, (eights, scales) = guard.randn(3, 272, dtype=dtype), scaled_weights_of(guard, 272, 528, 40)
+    weights, dense = weights_of(guard, 272, 528, 40, dtype), plain(eights, scales)
+    for given, option in (((*eights[:2], weights[2]), "gate_up_scale"), ((*weights[:2], eights[2]), "down_scale")):
+        mixed = [dense[i] if given[i] is eights[i] else given[i] for i in range(3)]
+        out = swiglu_ffn(x, *given, **{option: scales[option]})
+        assert_within_bound(out, reference(x, *mixed), baseline(x, *(w.to(dtype) for w in mixed)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 9, 17])
+def test_p1_residual(guard: Guard, dtype: torch.dtype, tokens: int) -> None:
+    """The result is rounded, then the sum."""
+    x, weights = guard.randn(tokens, 264, dtype=dtype), weights_of(guard, 264, 520, 40, dtype)
+    wide = guard.randn(tokens, 48, dtype=dtype)
+    assert same_bytes(swiglu_ffn(x, *weights, residual=wide[:, :40]), wide[:, :40] + swiglu_ffn(x, *weights))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_p1_a_layer_of_llama(gpu: str, dtype: torch.dtype) -> None:
     guard = Guard(gpu)
     weights = weights_of(guard, 4096, 14336, 4096, dtype)
+    eights, scales = scaled_weights_of(guard, 4096, 14336, 4096)
+    dense = plain(eights, scales)
     for tokens in (1, 5, 16, 64):
         x = guard.randn(tokens, 4096, dtype=dtype)
         assert_within_bound(swiglu_ffn(x, *weights), reference(x, *weights), baseline(x, *weights))
+        out = swiglu_ffn(x, *eights, **scales)
+        assert_within_bound(out, reference(x, *dense), baseline(x, *(w.to(dtype) for w in dense)))
     guard.check()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_p2_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
+def test_p11_layout_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
     """Rows inside wider ones full of NaN; what the kernels' alignment refuses agrees within the bound."""
 
     def inside(tensor: Tensor, gap: int) -> Tensor:
@@ -119,7 +179,7 @@ def test_p8_a_token_with_nan_or_infinity_keeps_to_itself(guard: Guard, dtype: to
     assert same_bytes(out[keep], clean[keep])
 
 
-def test_p10_bitwise_repeatable(guard: Guard) -> None:
+def test_p14_bitwise_repeatable(guard: Guard) -> None:
     x, weights = guard.randn(16, 896, dtype=torch.bfloat16), weights_of(guard, 896, 4864, 896, torch.bfloat16)
     first = swiglu_ffn(x, *weights)
     for i in range(20):
@@ -156,6 +216,8 @@ def test_p16_opcheck(guard: Guard, dtype: torch.dtype) -> None:
     both = guard.place(torch.cat([w_gate, w_up]).cpu())
     for args in ((x, w_gate, w_up, w_down), (x, both, None, w_down), (x[0], w_gate, w_up, w_down)):
         opcheck(op, args)
+    eights, scales = scaled_weights_of(guard, 64, 88, 32)
+    opcheck(op, (x, *eights), {**scales, "residual": guard.randn(3, 32, dtype=dtype)}, skip="test_schema")
 
 
 def test_explain_says_why() -> None:
@@ -191,28 +253,44 @@ class Params(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint32) for name in ("struct_size", "dtype")),
-        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down", "activation", "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down")),
+        *((name, ctypes.c_void_p) for name in ("w_gate_scale", "w_up_scale", "w_down_scale")),
+        *((name, ctypes.c_void_p) for name in ("residual", "activation", "out")),
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "intermediate", "out_features")),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("x", "w_gate", "w_up", "w_down")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("x", "w_gate", "w_up", "w_down", "residual")),
         ("static_weights", ctypes.c_int32),
     ]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_cpu_twin(dtype: torch.dtype) -> None:
+def test_the_cpu_twin(dtype: torch.dtype, scaled: bool) -> None:
     """Of the C interface; the op leaves the CPU's products to torch."""
     library = ctypes.CDLL(str(Path(gqa_kernels.__file__).parent / "libgqa_kernels.so"))
     guard = Guard("cpu")
-    x, weights = guard.randn(5, 40, dtype=dtype), weights_of(guard, 40, 67, 21, dtype)
+    x, weights, scales = guard.randn(5, 40, dtype=dtype), weights_of(guard, 40, 67, 21, dtype), {}
+    dense = list(weights)
+    if scaled:
+        weights, scales = scaled_weights_of(guard, 40, 67, 21)
+        dense = plain(weights, scales)
+    residual = guard.randn(5, 21, dtype=dtype)
     activation = guard.place(torch.zeros(5, 67, dtype=dtype), writable=True)
     out = guard.place(torch.zeros(5, 21, dtype=dtype), writable=True)
-    tensors = x, *weights, activation, out
-    sizes = 5, 40, 67, 21
-    strides = [tensor.stride(0) for tensor in tensors[:4]]
-    p = Params(ctypes.sizeof(Params), DTYPES.index(dtype), *(t.data_ptr() for t in tensors), *sizes, *strides)
+    tensors = dict(zip(("x", "w_gate", "w_up", "w_down"), (x, *weights)))
+    pointers = {name: tensor.data_ptr() for name, tensor in {**tensors, "activation": activation, "out": out}.items()}
+    strides = {f"{name}_stride": tensor.stride(0) for name, tensor in tensors.items()}
+    p = Params(ctypes.sizeof(Params), DTYPES.index(dtype), **pointers, **strides)
+    p.tokens, p.hidden, p.intermediate, p.out_features = 5, 40, 67, 21
+    if scaled:
+        p.w_gate_scale, p.w_down_scale = (scale.data_ptr() for scale in scales.values())
+        p.w_up_scale = p.w_gate_scale + 4 * 67
     for first, last in ((0, 2), (2, 5)):
         assert library.gqa_swiglu_ffn_cpu(ctypes.byref(p), ctypes.c_int64(first), ctypes.c_int64(last)) == 0
-    assert_within_bound(out, reference(x, *weights), baseline(x, *weights))
+    assert_within_bound(out, reference(x, *dense), baseline(x, *(w.to(dtype) for w in dense)))
+    before = out.clone()
+    p.residual, p.residual_stride = residual.data_ptr(), 21
+    assert library.gqa_swiglu_ffn_cpu(ctypes.byref(p), ctypes.c_int64(0), ctypes.c_int64(5)) == 0
+    assert same_bytes(out, residual + before)
     guard.check()
 
 
@@ -253,4 +331,20 @@ def test_p20_misuse(device: str) -> None:
     for args, message in cases:
         with pytest.raises(RuntimeError) as error:
             swiglu_ffn(*args)
+        assert str(error.value).startswith(f"swiglu_ffn: {message}"), error.value
+    eight, ones = w.to(torch.float8_e4m3fn), torch.ones(176, device=device)
+    scaled: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+        ((x, eight, eight, w_down), {}, "gate_up_scale must come with w_gate of float8_e4m3fn, got none"),
+        ((x, eight, w, w_down), {"gate_up_scale": ones}, "w_up must be float8_e4m3fn to go with gate_up_scale"),
+        ((x, w, w, w_down), {"down_scale": ones[:32]}, "w_down must be float8_e4m3fn to go with down_scale"),
+        (
+            (x, eight, eight, w_down),
+            {"gate_up_scale": ones[:88]},
+            "gate_up_scale must be one value for each output, [176], got [88]",
+        ),
+        ((x, w, w, w_down), {"residual": x}, "residual must have shape"),
+    ]
+    for args, options, message in scaled:
+        with pytest.raises(RuntimeError) as error:
+            swiglu_ffn(*args, **options)
         assert str(error.value).startswith(f"swiglu_ffn: {message}"), error.value

@@ -1,4 +1,4 @@
-// CPU twin of linear: plain dot products and the bias, rounded once.
+// CPU twin of linear: plain dot products and the bias, rounded once, and the residual, rounded again.
 #include "plan/linear.h"
 
 #include "cpu/dot.h"
@@ -14,10 +14,11 @@ GQA_CPU_CLONES void linear_tokens(const gqa_linear_params *p, int64_t first, int
     T *out = static_cast<T *>(p->out) + token * p->out_stride;
     int64_t at = 0;
     for (int i = 0; i < 3; ++i) {
-      const T *weights = static_cast<const T *>(p->weights[i]);
+      const float *scale = p->weight_scale == nullptr ? nullptr : p->weight_scale + at;
       for (int64_t row = 0; row < p->out_features[i]; ++row, ++at) {
-        const float sum = dot(x, weights + row * p->weight_stride[i], p->in_features);
-        out[at] = from_float<T>(bias == nullptr ? sum : sum + to_float(bias[at]));
+        const float sum = product(x, p->weights[i], p->weight_stride[i], scale, row, p->in_features);
+        const T value = from_float<T>(bias == nullptr ? sum : sum + to_float(bias[at]));
+        out[at] = with_residual(value, p->residual, token * p->residual_stride + at);
       }
     }
   }

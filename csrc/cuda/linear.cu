@@ -1,7 +1,7 @@
-// linear for up to 16 tokens: out = x w^T + bias, of up to three matrices whose outputs lie side by side.
+// linear for up to 16 tokens: out = residual + (x w^T + bias), of up to three matrices whose outputs lie side by side.
 // One launch of the kernel that streams weights (common/weight_stream.cu).
 // Memory order: each weight once; before the kernel before has ended, where the caller promises static weights.
-// Limits: sm_90; in_features a multiple of 8; 16-byte aligned rows.
+// Limits: sm_90; in_features a multiple of 8, of e4m3 weights of 16; 16-byte aligned rows.
 // Determinism: as of that kernel, bitwise repeatable.
 #include "cuda/common/weight_stream.cuh"
 #include "plan/linear.h"
@@ -17,7 +17,10 @@ gqa_status run(const gqa_launch &plan, const gqa_linear_params &p, cudaStream_t 
   }
   w.ends[0] = static_cast<int32_t>(p.out_features[0]);
   w.ends[1] = static_cast<int32_t>(p.out_features[0] + p.out_features[1]);
+  w.scale[0] = p.weight_scale;
   w.bias = p.bias;
+  w.residual = p.residual;
+  w.residual_stride = p.residual_stride;
   w.x = p.x;
   w.x_stride = p.x_stride;
   w.out = p.out;

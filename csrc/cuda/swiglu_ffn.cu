@@ -1,7 +1,7 @@
-// swiglu_ffn for up to 16 tokens: activation = swiglu(x w_gate^T, x w_up^T), then out = activation w_down^T.
+// swiglu_ffn for up to 16 tokens: activation = swiglu(x w_gate^T, x w_up^T), then out = residual + activation w_down^T.
 // Two launches of the kernel that streams weights (common/weight_stream.cu), first gated, then plain.
 // Memory order: w_gate and w_up row by row in turn, then w_down, which is read before the first kernel ends.
-// Limits: sm_90; sizes multiples of 8; 16-byte aligned rows.
+// Limits: sm_90; sizes multiples of 8, before e4m3 weights of 16; 16-byte aligned rows.
 // Determinism: as of that kernel, bitwise repeatable.
 #include "cuda/common/weight_stream.cuh"
 #include "plan/swiglu_ffn.h"
@@ -17,6 +17,8 @@ gqa_status run(const gqa_plan &plan, const gqa_swiglu_ffn_params &p, cudaStream_
   first.weights[1] = p.w_up;
   first.weight_stride[0] = p.w_gate_stride;
   first.weight_stride[1] = p.w_up_stride;
+  first.scale[0] = p.w_gate_scale;
+  first.scale[1] = p.w_up_scale;
   first.x = p.x;
   first.x_stride = p.x_stride;
   first.out = p.activation;
@@ -29,6 +31,9 @@ gqa_status run(const gqa_plan &plan, const gqa_swiglu_ffn_params &p, cudaStream_
   WeightStream second{};
   second.weights[0] = p.w_down;
   second.weight_stride[0] = p.w_down_stride;
+  second.scale[0] = p.w_down_scale;
+  second.residual = p.residual;
+  second.residual_stride = p.residual_stride;
   second.ends[0] = second.ends[1] = out_features;
   second.x = p.activation;
   second.x_stride = p.intermediate;

@@ -11,7 +11,7 @@
  *   - Set struct_size to sizeof the struct and zero the rest before filling it in.
  *   - Sizes are element counts. Strides are in elements; the last dimension always has stride 1.
  *   - B batch, Sq/Sk query/key length, Hq/Hkv query/KV heads (Hq % Hkv == 0), D head_dim.
- *   - No function allocates, synchronises, prints, throws or reads the environment.
+ *   - No function allocates (but gqa_decoder_step_cpu), synchronises, prints, throws or reads the environment.
  *   - Rows of different calls may run on different threads; a CUDA call must be made with its device current.
  */
 #ifndef GQA_KERNELS_H
@@ -173,40 +173,50 @@ typedef struct gqa_swiglu_params {
 } gqa_swiglu_params;
 
 /*
- * out = x w^T + bias for few tokens, of one to three matrices at once: their outputs side by side. Sums in float32,
- * rounded once. CUDA serves 1 ... 16 tokens of float16 or bfloat16 on sm_90; in_features is a multiple of 8, and rows
- * begin at multiples of 16 bytes.
+ * out = residual + (x w^T + bias) for few tokens, of one to three matrices at once: their outputs side by side. Sums in
+ * float32, each multiplied by the scale of its output where weights have one, rounded with the bias once. CUDA serves
+ * 1 ... 16 tokens of float16 or bfloat16 on sm_90; in_features is a multiple of 8, of float8_e4m3 weights of 16, and
+ * rows begin at multiples of 16 bytes.
  */
 typedef struct gqa_linear_params {
   uint32_t struct_size;
   int32_t dtype;
   const void *x;          /* [tokens, in_features] */
   const void *weights[3]; /* [out_features[i], in_features]; NULL where out_features[i] is 0 */
-  const void *bias;       /* [sum of out_features] contiguous, or NULL */
-  void *out;              /* [tokens, sum of out_features] */
+  const float
+      *weight_scale;    /* [sum of out_features] contiguous: the weights are float8_e4m3; NULL: they are of dtype */
+  const void *bias;     /* [sum of out_features] contiguous, or NULL */
+  const void *residual; /* [tokens, sum of out_features]: added to the rounded products, rounded again; or NULL */
+  void *out;            /* [tokens, sum of out_features] */
   int64_t tokens;
   int64_t in_features;
   int64_t out_features[3]; /* the second and third may be 0 */
   int64_t x_stride;
-  int64_t weight_stride[3];
+  int64_t weight_stride[3]; /* in elements of the weights */
+  int64_t residual_stride;
   int64_t out_stride;
   int32_t static_weights; /* 1: nothing that may still run on the device writes the weights; they are read early */
 } gqa_linear_params;
 
 /*
- * The feed-forward block for few tokens: activation = swiglu(x w_gate^T, x w_up^T), out = activation w_down^T. Sums in
- * float32; each matrix product, the silu and the activation are rounded to dtype. CUDA serves 1 ... 16 tokens of
- * float16 or bfloat16 on sm_90; hidden and intermediate are multiples of 8, and rows begin at multiples of 16 bytes.
+ * The feed-forward block for few tokens: activation = swiglu(x w_gate^T, x w_up^T), out = residual + activation
+ * w_down^T. Sums in float32, times their scales; each matrix product, the silu and the activation are rounded to dtype.
+ * CUDA serves 1 ... 16 tokens of float16 or bfloat16 on sm_90; hidden and intermediate are multiples of 8, before
+ * float8_e4m3 weights of 16, and rows begin at multiples of 16 bytes.
  */
 typedef struct gqa_swiglu_ffn_params {
   uint32_t struct_size;
   int32_t dtype;
-  const void *x;      /* [tokens, hidden] */
-  const void *w_gate; /* [intermediate, hidden] */
-  const void *w_up;   /* [intermediate, hidden] */
-  const void *w_down; /* [out_features, intermediate] */
-  void *activation;   /* [tokens, intermediate] contiguous scratch: what the first half hands to the second */
-  void *out;          /* [tokens, out_features] contiguous */
+  const void *x;             /* [tokens, hidden] */
+  const void *w_gate;        /* [intermediate, hidden] */
+  const void *w_up;          /* [intermediate, hidden] */
+  const void *w_down;        /* [out_features, intermediate] */
+  const float *w_gate_scale; /* [intermediate] contiguous: w_gate is float8_e4m3; NULL: it is of dtype */
+  const float *w_up_scale;   /* [intermediate] likewise; both or neither */
+  const float *w_down_scale; /* [out_features] likewise */
+  const void *residual;      /* [tokens, out_features]: added to the rounded result, rounded again; or NULL */
+  void *activation;          /* [tokens, intermediate] contiguous scratch: what the first half hands to the second */
+  void *out;                 /* [tokens, out_features] contiguous */
   int64_t tokens;
   int64_t hidden;
   int64_t intermediate;
@@ -215,6 +225,7 @@ typedef struct gqa_swiglu_ffn_params {
   int64_t w_gate_stride;
   int64_t w_up_stride;
   int64_t w_down_stride;
+  int64_t residual_stride;
   int32_t static_weights; /* as in gqa_linear_params */
 } gqa_swiglu_ffn_params;
 
@@ -364,6 +375,8 @@ typedef struct gqa_attention_params {
   void *workspace;         /* CUDA only: plan.workspace_size bytes, 16-byte aligned, need not be zeroed */
   int64_t workspace_size;
   gqa_kv_quantization quantization; /* of the caches */
+  int32_t static_prefix; /* decode; 1: nothing that may still run on the device writes the lengths, left padding, block
+                            table or the cached rows below the lengths; they are read early */
 } gqa_attention_params;
 
 typedef gqa_attention_params gqa_attention_prefill_params;
@@ -435,6 +448,63 @@ typedef struct gqa_sample_params {
   int32_t logit_bias_dtype; /* float32 or dtype */
 } gqa_sample_params;
 
+/* ---------------------------------------------------------------------------------------- whole models -- */
+
+/* The weights of a decoder layer, dense and contiguous, and its caches. */
+typedef struct gqa_decoder_layer {
+  const void *q_proj;     /* [Hq * D, hidden] */
+  const void *k_proj;     /* [Hkv * D, hidden] */
+  const void *v_proj;     /* [Hkv * D, hidden] */
+  const void *o_proj;     /* [hidden, Hq * D] */
+  const void *gate_proj;  /* [intermediate, hidden] */
+  const void *up_proj;    /* [intermediate, hidden] */
+  const void *down_proj;  /* [hidden, intermediate] */
+  const void *input_norm; /* [hidden] */
+  const void *mlp_norm;   /* [hidden] */
+  const void *q_bias;     /* [Hq * D], or NULL for all three */
+  const void *k_bias;     /* [Hkv * D] */
+  const void *v_bias;     /* [Hkv * D] */
+  const void *q_norm;     /* [D]: RMSNorm of each head before the rotation, or NULL for both */
+  const void *k_norm;     /* [D] */
+  void *k_cache;          /* [B, capacity, Hkv, D] */
+  void *v_cache;          /* [B, capacity, Hkv, D] */
+  int64_t window_left;    /* keys before its own that a query sees, -1: all */
+} gqa_decoder_layer;
+
+/*
+ * One token of each row through a whole decoder: for each layer RMSNorm, q, k and v, rotation, append and attention
+ * over the cache, o and the residual, RMSNorm, SwiGLU feed-forward block and the residual; then the last norm and the
+ * head. Everything rounds to dtype where the separate ops round. Position and place of the token as for
+ * gqa_attention_decode; where cache_seqlens[b] is negative or no less than the capacity, row b becomes NaN and its
+ * caches stay as they are. CUDA serves 1 ... 8 rows of float16 or bfloat16 on sm_90; the CPU twin, alone of all
+ * functions, allocates: memory for one row's activations, for the time of the call.
+ */
+typedef struct gqa_decoder_step_params {
+  uint32_t struct_size;
+  int32_t dtype; /* of everything but the rotary tables */
+  int32_t num_layers;
+  const gqa_decoder_layer *layers; /* [num_layers], in host memory */
+  const void *hidden;              /* [B, hidden] contiguous: embeddings of the tokens */
+  const void *norm;                /* [hidden] */
+  const void *head;                /* [vocabulary, hidden] */
+  void *logits;                    /* [B, vocabulary] contiguous */
+  gqa_index cache_seqlens;         /* [B] tokens before the append */
+  gqa_index cache_leftpad;         /* [B] or absent */
+  int64_t batch;
+  int64_t hidden_size;
+  int64_t intermediate;
+  int64_t vocabulary;
+  int64_t cache_capacity;
+  int32_t num_q_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  float eps;
+  float softmax_scale;
+  gqa_rotary rotary; /* a table, or absent */
+  void *workspace;   /* plan.workspace_size bytes, 16-byte aligned, need not be zeroed */
+  int64_t workspace_size;
+} gqa_decoder_step_params;
+
 /* -------------------------------------------------------------------------------------------- functions -- */
 
 #define GQA_DECLARE_OP(op, params)                                                         \
@@ -456,6 +526,7 @@ GQA_DECLARE_OP(attention_prefill, gqa_attention_prefill_params);
 GQA_DECLARE_OP(attention_decode, gqa_attention_decode_params);
 GQA_DECLARE_OP(merge_attention_states, gqa_merge_attention_states_params);
 GQA_DECLARE_OP(sample, gqa_sample_params);
+GQA_DECLARE_OP(decoder_step, gqa_decoder_step_params);
 
 /* Bytes of workspace the CUDA launcher needs for these params on this device. */
 GQA_API int64_t gqa_attention_prefill_workspace_size(const gqa_attention_prefill_params *p, const gqa_device *device);
@@ -475,8 +546,7 @@ GQA_API gqa_status gqa_current_device(gqa_device *device);
 typedef void (*gqa_launch_log)(void *user, const gqa_launch *launch);
 GQA_API void gqa_set_launch_log(gqa_launch_log log, void *user);
 
-/* Internal, for tests: which kernels plans choose from. 0: automatic, 1: portable ones, 2: those for sm_90 if they can.
- */
+/* Internal, for tests: which kernels plans choose from. 0: all, 1: portable ones. */
 GQA_API void gqa_set_kernel_override(int32_t family);
 
 #ifdef __cplusplus

@@ -18,6 +18,7 @@ GQA_STUB(attention_prefill, gqa_attention_prefill_params)
 GQA_STUB(attention_decode, gqa_attention_decode_params)
 GQA_STUB(merge_attention_states, gqa_merge_attention_states_params)
 GQA_STUB(sample, gqa_sample_params)
+GQA_STUB(decoder_step, gqa_decoder_step_params)
 
 gqa_status gqa_current_device(gqa_device *) { return GQA_STATUS_NOT_BUILT; }
 const char *gqa_cuda_archs(void) { return ""; }

@@ -12,12 +12,15 @@ namespace {
 constexpr auto kOp = "gqa_attention_decode";
 constexpr int64_t kMaxQueries = 16;
 
-std::tuple<Tensor, Tensor> gqa_attention_decode(
-    Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k, OptionalTensor v, Tensor cache_seqlens,
-    OptionalTensor cache_leftpad, OptionalTensor block_table, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
-    OptionalTensor rotary_positions, bool rotary_interleaved, std::optional<double> softmax_scale, int64_t window_left,
-    int64_t window_right, double softcap, OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
-    int64_t num_splits, bool batch_invariant, bool return_lse, OptionalTensor workspace, OptionalTensor out) {
+std::tuple<Tensor, Tensor> gqa_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor k,
+                                                OptionalTensor v, Tensor cache_seqlens, OptionalTensor cache_leftpad,
+                                                OptionalTensor block_table, OptionalTensor rotary_cos,
+                                                OptionalTensor rotary_sin, OptionalTensor rotary_positions,
+                                                bool rotary_interleaved, std::optional<double> softmax_scale,
+                                                int64_t window_left, int64_t window_right, double softcap,
+                                                OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale,
+                                                int64_t num_splits, bool batch_invariant, bool return_lse,
+                                                OptionalTensor workspace, OptionalTensor out, bool static_prefix) {
   const AttentionArguments args{q,
                                 k,
                                 v,
@@ -46,6 +49,7 @@ std::tuple<Tensor, Tensor> gqa_attention_decode(
   Kept kept;
   gqa_attention_params p{};
   AttentionOutputs outputs = fill_attention(kOp, args, q.size(1), &p, &kept);
+  p.static_prefix = static_prefix;
   if (q.numel() != 0) {
     prepare_workspace(kOp, args, &gqa_attention_decode_workspace_size, &p, &kept);
     run(GQA_ENTRY(kOp, attention_decode, gqa_attention_params), p, q, cpu_row_cost(p));

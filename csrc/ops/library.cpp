@@ -16,7 +16,8 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       ", bool causal=True, Tensor(d!)? out=None) -> (Tensor, Tensor)");
   m.def(
       "gqa_attention_decode(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, *, "
-      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON ", Tensor(d!)? out=None) -> (Tensor, Tensor)");
+      "Tensor cache_seqlens, " GQA_ATTENTION_COMMON
+      ", Tensor(d!)? out=None, bool static_prefix=False) -> (Tensor, Tensor)");
   m.def(
       "kv_cache_append(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor cache_seqlens, "
       "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
@@ -51,10 +52,12 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
   m.def("residual_add(Tensor x, Tensor residual) -> Tensor");
   m.def("swiglu(Tensor gate, Tensor? up=None) -> Tensor");
   m.def("swiglu.out(Tensor gate, Tensor? up=None, *, Tensor(a!) out) -> ()");
-  m.def("swiglu_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, *, bool static_weights=False) -> Tensor");
+  m.def(
+      "swiglu_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down, *, Tensor? gate_up_scale=None, "
+      "Tensor? down_scale=None, Tensor? residual=None, bool static_weights=False) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor w1, Tensor? w2=None, Tensor? w3=None, *, Tensor? bias=None, "
-      "bool static_weights=False) -> Tensor");
+      "Tensor? weight_scale=None, Tensor? residual=None, bool static_weights=False) -> Tensor");
   m.def(
       "sample(Tensor logits, *, float temperature=1.0, SymInt top_k=0, float top_p=1.0, float min_p=0.0, "
       "SymInt seed=0, SymInt offset=0, Tensor? temperatures=None, Tensor? top_ks=None, Tensor? top_ps=None, "
@@ -62,4 +65,11 @@ STABLE_TORCH_LIBRARY(gqa_kernels, m) {
       "Tensor? allowed_bitmask=None, Tensor? token_counts=None, Tensor? repetition_penalty=None, "
       "Tensor? frequency_penalty=None, Tensor? presence_penalty=None, bool return_logprob=False) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "decoder_step(Tensor hidden, Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor[] q_proj, Tensor[] k_proj, "
+      "Tensor[] v_proj, Tensor[] o_proj, Tensor[] gate_proj, Tensor[] up_proj, Tensor[] down_proj, "
+      "Tensor[] input_norm, Tensor[] mlp_norm, Tensor norm, Tensor head, *, Tensor cache_seqlens, float eps, "
+      "Tensor? cache_leftpad=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, Tensor[]? q_bias=None, "
+      "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? q_norm=None, Tensor[]? k_norm=None, "
+      "float? softmax_scale=None, SymInt[]? window_left=None) -> Tensor");
 }

@@ -1,4 +1,6 @@
 // residual_add: checks, then params for the CPU twin or the CUDA kernel.
+#include "ops/residual_add.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -8,7 +10,6 @@
 #include "plan/pointwise.h"
 
 namespace gqa::ops {
-namespace {
 
 Tensor residual_add(const Tensor &x, const Tensor &residual) {
   constexpr auto kOp = "residual_add";
@@ -37,8 +38,6 @@ Tensor residual_add(const Tensor &x, const Tensor &residual) {
   }
   return rows[2].tensor;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gqa_kernels, CPU, m) { m.impl("residual_add", TORCH_BOX(&residual_add)); }
 

@@ -220,7 +220,7 @@ gqa_status plan_nonempty(AttentionOp op, const gqa_attention_params *p, const gq
     plan->clusters = true;
     plan->decode = plan_decode_sm90(p, &device, capacity);
     const DecodePlan &decode = plan->decode;
-    gqa_launch launch = make_launch(name, "decode_ring", p->dtype, {decode.cluster, p->num_kv_heads, p->batch},
+    gqa_launch launch = make_launch(name, "decode_ring", p->dtype, {decode.grid[0], decode.grid[1], decode.grid[2]},
                                     {32 * kDecodeShapes[decode.shape].warps}, decode.shared_memory,
                                     6 * decode.shape + 2 * static_cast<int>(decode.cache) + decode.plain);
     launch.num_splits = decode.cluster;

@@ -13,12 +13,17 @@ constexpr int64_t kMaxRows = 16;     // query tokens times heads of the group
 constexpr int64_t kMaxGrid = 65535;  // in y and z
 constexpr int64_t kMaxInt = 0x7fffffff - 64;
 constexpr int32_t kMinSms = 100;     // a cluster has to fit one of the device's groups of SMs
-constexpr int64_t kLong = 4096;      // keys from which on some sequences of a batch want several blocks
+constexpr int64_t kLong = 4096;      // keys of head_dim 128 from which on a sequence wants several blocks
 constexpr int64_t kManyLong = 2048;  // the same with many sequences
+constexpr int64_t kUnlike = 16384;   // keys from which on sequences of a batch may be of very unlike length
+constexpr int64_t kLongest = 16384;  // keys of a single sequence beyond which the largest rings count most
+constexpr int64_t kBrief = 8192;     // keys below which a call is over so soon that overlapping launches count
 constexpr int64_t kShare = 1024;     // keys of a block, from which on further blocks share them
 constexpr int64_t kMostBlocks = 16, kMostGrown = 8;
 constexpr int32_t kManyTiles = 4;  // of a warp, before more blocks join in
 constexpr float kFair = 1.1f;      // of an SM's part of all keys: equal sequences just fit
+constexpr int64_t kEarlyPart = 8;  // first tiles are loaded ahead of the length if they are at most such a part of all
+constexpr int64_t kTurnSms = 132, kTurnsOf16 = 18, kTurnsOf8 = 30, kTurnsAlone = 15;  // clusters that so many SMs hold
 constexpr int64_t kInvariantBlocks = 8;
 
 std::atomic<int32_t> kernel_override{0};
@@ -26,6 +31,9 @@ enum Override { kAutomatic, kPortable };
 
 int64_t query_rows(const gqa_attention_params *p) { return p->seqlen_q * (p->num_q_heads / p->num_kv_heads); }
 int64_t pairs(const gqa_attention_params *p) { return p->batch * p->num_kv_heads; }
+int64_t head_groups(const gqa_attention_params *p, const DecodeShape &shape) {
+  return ceil_div<int64_t>(p->num_kv_heads, shape.heads);
+}
 
 // Strides of dimensions with one element say nothing.
 bool is_aligned(const void *pointer, const int64_t *stride, const int64_t (&size)[3], int64_t element = 2) {
@@ -53,11 +61,18 @@ bool has_aligned_cache(const gqa_attention_params *p) {
 
 bool fits_rows(const int64_t *stride) { return stride[1] >= 0 && stride[1] <= kMaxInt / 2; }
 
-bool has_many_pairs(const gqa_attention_params *p, const gqa_device *device) { return pairs(p) > 2 * device->num_sms; }
+bool are_many(int64_t items, const gqa_device *device) { return items > 2 * device->num_sms; }
 
 // As many sequences and KV heads as SMs, or nearly so, none of them long.
-bool is_one_wave(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  return 2 * pairs(p) > device->num_sms && pairs(p) <= device->num_sms && keys < kLong;
+bool is_one_wave(const gqa_attention_params *p, const gqa_device *device, int64_t items, int64_t keys) {
+  return 2 * items > device->num_sms && items <= device->num_sms && keys * p->head_dim < kLong * 128;
+}
+
+// Whether sequences may be so unlike that blocks are given to them by their lengths, if the shape can.
+bool are_unlike(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
+  const int64_t narrow = p->head_dim <= 64 ? 2 : 1, unlike = (p->quantization.dtype != 0 ? 2 : 1) * kUnlike / narrow;
+  return p->batch > 1 && keys >= unlike && !p->batch_invariant && p->batch * p->cache_capacity < kMaxInt &&
+         !are_many(pairs(p), device);
 }
 
 int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
@@ -69,49 +84,43 @@ int find_shape(const gqa_attention_params *p, const gqa_device *device, int64_t 
   int shape = 0;
   while (shape < kDecodeShapeCount && !serves(kDecodeShapes[shape])) ++shape;
   if (p->head_dim != 128 || row_tiles != 1) return shape;
-  if (p->batch_invariant) return shape + 1;
-  if (bytes == 1) return 16 * pairs(p) > device->num_sms ? shape : shape + 1;  // small blocks in clusters of 16
+  const int large = shape, small = bytes == 1 ? shape + 1 : shape + 2;
+  if (p->batch_invariant || are_unlike(p, device, keys)) return small;
+  const int64_t sms = device->num_sms, items = pairs(p);
+  if (bytes == 1) {
+    if (16 * items <= sms) return keys > 2 * kLongest ? large : small;
+    return 4 * items > sms && items <= sms ? large : small;
+  }
+  if (8 * items <= sms) return keys > kLongest ? large : shape + 1;
   // One large block an SM where that makes one wave, or many short ones; else three small ones.
-  const bool waves = is_one_wave(p, device, keys) || (has_many_pairs(p, device) && keys < kManyLong);
-  return 16 * pairs(p) <= device->num_sms || waves ? shape : shape + 1;
+  return is_one_wave(p, device, items, keys) || (are_many(items, device) && keys < kManyLong) ? large : small;
 }
 
-// Blocks for a (sequence, KV head) of a quantised cache, by what was fastest for as many steps over half the bytes.
-int64_t find_quantized_cluster(const gqa_attention_params *p, const gqa_device *device, const DecodeShape &shape,
-                               int64_t keys) {
-  const int64_t sms = device->num_sms;
-  const bool many = has_many_pairs(p, device);
-  const int64_t wanted = shape.resident == 1 ? 5 * sms / 8 : (shape.resident == 2 ? 5 * sms / 4 : 2 * sms);
-  const int64_t largest = shape.resident == 1 ? 8 : kMostBlocks;
-  int64_t cluster = pairs(p) >= 8 * sms || (shape.dim == 64 && many) ? 1 : 2;
-  while (2 * cluster <= largest && 2 * cluster * pairs(p) <= wanted) cluster *= 2;
-  if (p->batch > 1 && shape.resident > 1) {
-    int64_t grown = cluster;
-    while (2 * grown <= kMostGrown && 2 * grown * (many ? kShare : 2 * kShare) <= keys) grown *= 2;
-    if (grown > 4) cluster = grown;
-  }
-  const int64_t useful = std::max<int64_t>(1, ceil_div<int64_t>(keys, shape.tile) / shape.warps);
-  while (cluster > useful) cluster /= 2;
-  return cluster;
-}
-
-// Blocks for a (sequence, KV head): the most that find room at once. Sequences of a batch may differ in length, so that
-// of a large cache each gets more, of which a short one lets go.
-int64_t find_cluster(const gqa_attention_params *p, const gqa_device *device, const DecodeShape &shape, int64_t keys) {
+// Blocks for a sequence and a block's KV heads: the most that find room at once. Of many sequences some are short, so
+// that of a large cache each gets more, of which a short one lets go.
+int64_t find_cluster(const gqa_attention_params *p, const gqa_device *device, const DecodeShape &shape, int64_t items,
+                     int64_t keys) {
   if (p->batch_invariant) return kInvariantBlocks;  // whatever the batch and the capacity
-  if (shape.bytes == 1) return find_quantized_cluster(p, device, shape, keys);
-  const bool many = has_many_pairs(p, device);
-  if (shape.resident == 1 && (many || is_one_wave(p, device, keys))) return 1;
+  const int64_t sms = device->num_sms;
+  const bool many = are_many(items, device), quantised = shape.bytes == 1, alone = shape.resident == 1;
   // Blocks to aim for: half an SM's worth of large ones, or two an SM of three small ones.
-  const int64_t wanted = shape.resident < 3 ? 5 * device->num_sms / 8 : 15 * device->num_sms / 8;
-  int64_t cluster = pairs(p) >= 8 * device->num_sms ? 1 : 2;  // of several sequences some are short: halves even it out
-  while (2 * cluster <= kMostBlocks && 2 * cluster * pairs(p) <= wanted) cluster *= 2;
-  if (p->batch > 1 && shape.resident > 1) {
-    int64_t grown = cluster;
-    while (2 * grown <= kMostGrown && 2 * grown * (many ? kShare / 2 : kShare) <= keys) grown *= 2;
-    if (grown > (many ? 2 : 4)) cluster = grown;
+  int64_t wanted = shape.resident < 3 ? 5 * sms / 8 : 15 * sms / 8;
+  if (quantised && !alone) wanted = shape.resident == 2 ? 5 * sms / 4 : 2 * sms;
+  bool whole = items >= 8 * sms;  // of several sequences some are short: halves even it out
+  if (quantised) {
+    whole = whole || (alone && 2 * items > sms) || (shape.dim == 64 && many);
+  } else {
+    whole = whole || (alone && many) || (shape.resident < 3 && is_one_wave(p, device, items, keys));
+    if (whole && items < 8 * sms) return 1;
   }
-  const int64_t useful = std::max<int64_t>(1, ceil_div<int64_t>(keys, shape.tile) / shape.warps);
+  int64_t cluster = whole ? 1 : 2;
+  while (2 * cluster <= (quantised && alone ? 8 : kMostBlocks) && 2 * cluster * items <= wanted) cluster *= 2;
+  if (many && shape.turns > 0) {
+    int64_t grown = cluster;
+    while (2 * grown <= kMostGrown && 2 * grown * (quantised ? kShare : kShare / 2) <= keys) grown *= 2;
+    if (grown > (quantised ? 4 : 2)) cluster = grown;
+  }
+  const int64_t useful = std::max<int64_t>(1, ceil_div<int64_t>(keys, shape.tile) * shape.heads / shape.warps);
   while (cluster > useful) cluster /= 2;
   return cluster;
 }
@@ -141,17 +150,27 @@ const char *refuse_decode_sm90(const gqa_attention_params *p, const gqa_device *
 }
 
 DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *device, int64_t keys) {
-  DecodePlan plan{find_shape(p, device, keys), 1, 0, 0, false, DecodeCache::kContiguous, false, 0};
+  DecodePlan plan{};
+  plan.shape = find_shape(p, device, keys);
   const DecodeShape &shape = kDecodeShapes[plan.shape];
-  const int64_t cluster = find_cluster(p, device, shape, keys);
-  plan.cluster = static_cast<int32_t>(cluster);
-  const bool many = has_many_pairs(p, device);
-  plan.share = (p->batch_invariant || many ? kManyTiles : 1) * shape.warps;
-  plan.balanced = p->batch > 1 && cluster >= kMostGrown;
-  const bool countable = p->batch * p->cache_capacity < kMaxInt;
-  if (plan.balanced && !many && !p->batch_invariant && countable) {
-    plan.fair = kFair * static_cast<float>(p->num_kv_heads) / static_cast<float>(device->num_sms);
+  const int64_t groups = head_groups(p, shape), items = p->batch * groups, team = shape.warps / shape.heads;
+  int64_t cluster = find_cluster(p, device, shape, items, keys);
+  plan.share = static_cast<int32_t>((p->batch_invariant || are_many(items, device) ? kManyTiles : 1) * team);
+  if (shape.turns > 0 && are_unlike(p, device, keys)) {
+    cluster = shape.turns;
+    const int64_t room = shape.turns == 16 ? kTurnsOf16 : (shape.resident == 1 ? kTurnsAlone : kTurnsOf8);
+    plan.turns = static_cast<int32_t>(room * device->num_sms / kTurnSms);
+    plan.fair = kFair * static_cast<float>(groups) / static_cast<float>(device->num_sms);
   }
+  plan.heads = shape.heads;
+  plan.cluster = static_cast<int32_t>(cluster);
+  plan.grid[0] = plan.cluster;
+  plan.grid[1] = plan.turns > 0 ? plan.turns : static_cast<int32_t>(groups);
+  plan.grid[2] = plan.turns > 0 ? 1 : static_cast<int32_t>(p->batch);
+  plan.balanced = p->batch > 1 && shape.resident > 1 && cluster > 1;
+  const bool many = are_many(items, device), sparse = shape.resident > 1 && 2 * cluster * items <= device->num_sms;
+  plan.programmatic = sparse || (!many && plan.turns == 0 && (cluster <= 2 || keys < kBrief));
+  plan.triggers_early = plan.programmatic && !sparse;
   if (!has_aligned_cache(p)) {
     plan.cache = DecodeCache::kAny;
   } else if (p->block_table.data != nullptr) {
@@ -160,10 +179,10 @@ DecodePlan plan_decode_sm90(const gqa_attention_params *p, const gqa_device *dev
   plan.plain = plan.cache != DecodeCache::kAny && p->seqlen_q == 1 && p->k == nullptr && p->rotary.cos == nullptr &&
                p->cache_leftpad.data == nullptr && (p->window_left < 0 || p->window_left >= p->cache_capacity) &&
                p->softcap == 0;
-  const int64_t slots = ceil_div<int64_t>(query_rows(p) * (shape.dim / 32), cluster);
-  plan.shared_memory =
-      decode_fixed_memory(shape.bytes, shape.dim, shape.warps, shape.stages, shape.tile, shape.row_tiles) +
-      slots * cluster * kDecodeUnitBytes;
+  plan.early =
+      plan.plain && plan.turns == 0 && (p->batch == 1 || (!many && cluster * team * shape.tile * kEarlyPart <= keys));
+  const int64_t slots = ceil_div<int64_t>(query_rows(p) * shape.heads * (shape.dim / 32), cluster);
+  plan.shared_memory = decode_fixed_memory(shape) + slots * cluster * kDecodeUnitBytes;
   return plan;
 }
 

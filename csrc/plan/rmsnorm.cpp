@@ -90,11 +90,10 @@ template <typename Params>
 bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormVariant variant, gqa_plan *plan) {
   const int64_t rows = p.rows[0] * p.rows[1], vector = 16 / dtype_size(p.dtype);
   const bool whole = variant.chunk == vector;
-  // Of memory, where a row may begin with half of one.
-  const int64_t vectors = ceil_div(p.hidden + (whole ? 0 : vector / 2), vector);
-  const bool narrow = vectors <= 32;
+  const int64_t vectors = p.hidden / vector;  // half of one may be left
+  const bool narrow = p.hidden <= 32 * vector;
   if (!is_dense_norm(p) || variant.chunk == 1) return false;
-  if (!whole && (narrow || vectors > 2 * kTreeVectors || !begin_alike(p))) return false;
+  if (!whole && (narrow || vectors >= 2 * kTreeVectors || !begin_alike(p))) return false;
   variant.dense = true;
   const bool adds = light_held<Params>() == 1;
   if (vectors <= kWarpVectors && whole) {
@@ -113,7 +112,9 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
   variant.held = !whole || vectors > kTreeVectors ? (light ? 2 : 4) : light ? 1 : 2;
   int64_t threads = ceil_div(ceil_div<int64_t>(vectors, variant.held), int64_t{32}) * 32;
   if (vectors > 2 * kTreeVectors) {
-    const int64_t trees = ceil_div(vectors, kTreeVectors), trees_a_block = ceil_div(trees, kMostBlocks);
+    const int64_t trees = ceil_div(vectors, kTreeVectors);
+    // A pair of blocks finds room on every SM, larger clusters do not.
+    const int64_t trees_a_block = trees == 4 && !adds && rows > kMediumRowsLimit ? 2 : ceil_div(trees, kMostBlocks);
     if (!has_clusters(device) || trees_a_block > 2) return false;
     variant.held = !adds ? 4 : static_cast<int>(trees_a_block);
     variant.cluster = static_cast<int>(ceil_div(trees, trees_a_block));

@@ -15,10 +15,15 @@ const char *refusal(const gqa_swiglu_ffn_params &p, const gqa_device &device) {
   if (p.hidden % 8 != 0 || p.intermediate % 8 != 0) {
     return "sizes are no multiples of 8: torch's matrix products around swiglu";
   }
-  const bool fits =
-      streams_rows(p.x, p.x_stride, p.tokens) && streams_rows(p.w_gate, p.w_gate_stride, p.intermediate) &&
-      streams_rows(p.w_up, p.w_up_stride, p.intermediate) && streams_rows(p.w_down, p.w_down_stride, p.out_features) &&
-      streams_rows(p.activation, p.intermediate, p.tokens);
+  const bool first = p.w_gate_scale != nullptr, second = p.w_down_scale != nullptr;  // of e4m3
+  if ((first && p.hidden % 16 != 0) || (second && p.intermediate % 16 != 0)) {
+    return "sizes are no multiples of 16: torch's matrix products around swiglu";
+  }
+  const bool fits = streams_rows(p.x, p.x_stride, p.tokens) &&
+                    streams_rows(p.w_gate, p.w_gate_stride, p.intermediate, first) &&
+                    streams_rows(p.w_up, p.w_up_stride, p.intermediate, first) &&
+                    streams_rows(p.w_down, p.w_down_stride, p.out_features, second) &&
+                    streams_rows(p.activation, p.intermediate, p.tokens);
   if (!fits) return "rows are not 16-byte aligned: torch's matrix products around swiglu";
   constexpr int64_t kLargest = int64_t{1} << 30;
   if (std::max({p.hidden, p.intermediate, p.out_features}) > kLargest) {
@@ -33,6 +38,7 @@ gqa_status check_params(const gqa_swiglu_ffn_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
   if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
   if (p->tokens < 0 || p->hidden < 1 || p->intermediate < 1 || p->out_features < 1) return GQA_STATUS_INVALID_ARGUMENT;
+  if ((p->w_gate_scale == nullptr) != (p->w_up_scale == nullptr)) return GQA_STATUS_INVALID_ARGUMENT;
   if (p->tokens == 0) return GQA_STATUS_OK;
   const bool complete = p->x && p->w_gate && p->w_up && p->w_down && p->activation && p->out;
   return complete ? GQA_STATUS_OK : GQA_STATUS_NULL_POINTER;
@@ -52,10 +58,10 @@ gqa_status gqa_swiglu_ffn_plan(const gqa_swiglu_ffn_params *p, const gqa_device 
   plan->reason = refusal(*p, *device);
   if (plan->reason != nullptr) return GQA_STATUS_UNSUPPORTED;
   plan->reason = "few tokens: two kernels stream the weights";
-  add_launch(
-      plan, stream_launch("swiglu_ffn", "ffn_gate_up", p->dtype, true, p->tokens, p->intermediate, p->hidden, *device));
-  add_launch(plan, stream_launch("swiglu_ffn", "ffn_down", p->dtype, false, p->tokens, p->out_features, p->intermediate,
-                                 *device));
+  const StreamShape first{true, p->w_gate_scale != nullptr, p->tokens, p->intermediate, p->hidden};
+  const StreamShape second{false, p->w_down_scale != nullptr, p->tokens, p->out_features, p->intermediate};
+  add_launch(plan, stream_launch("swiglu_ffn", "ffn_gate_up", p->dtype, first, *device));
+  add_launch(plan, stream_launch("swiglu_ffn", "ffn_down", p->dtype, second, *device));
   return GQA_STATUS_OK;
 }
 

@@ -266,6 +266,39 @@ static void fill_sample(gqa_sample_params *p) {
   p->token_counts_stride = 100;
 }
 
+static gqa_decoder_layer layers[2];
+
+/* Refusals alone are asked of the CUDA entry: nothing of this is device memory. */
+static void fill_decoder_step(gqa_decoder_step_params *p) {
+  int i;
+  START(p);
+  p->dtype = GQA_DTYPE_FLOAT16;
+  for (i = 0; i < 2; ++i) {
+    gqa_decoder_layer *layer = &layers[i];
+    memset(layer, 0, sizeof(*layer));
+    layer->q_proj = layer->k_proj = layer->v_proj = layer->o_proj = values;
+    layer->gate_proj = layer->up_proj = layer->down_proj = values;
+    layer->input_norm = layer->mlp_norm = values;
+    layer->k_cache = results[1];
+    layer->v_cache = results[2];
+    layer->window_left = -1;
+  }
+  p->num_layers = 2;
+  p->layers = layers;
+  p->hidden = p->norm = p->head = values;
+  p->logits = results[0];
+  p->cache_seqlens = cache_seqlens();
+  p->batch = B;
+  p->hidden_size = p->intermediate = 32;
+  p->vocabulary = 40;
+  p->cache_capacity = CAPACITY;
+  p->num_q_heads = HQ;
+  p->num_kv_heads = HKV;
+  p->head_dim = 64;
+  p->eps = 1e-6f;
+  p->softmax_scale = 1.0f;
+}
+
 static void count_launch(void *user, const gqa_launch *launch) {
   (void)launch;
   ++*(int *)user;
@@ -379,6 +412,21 @@ int main(void) {
   WITH(sample, vocab = 0, GQA_STATUS_INVALID_ARGUMENT);
   WITH(sample, logit_bias_dtype = GQA_DTYPE_FLOAT16, GQA_STATUS_UNSUPPORTED);
   WITH(sample, logit_bias_dtype = GQA_DTYPE_INT32, GQA_STATUS_UNSUPPORTED);
+
+  ACCEPTS_AND_REFUSES(decoder_step);
+  WITHOUT(decoder_step, layers);
+  WITHOUT(decoder_step, hidden);
+  WITHOUT(decoder_step, norm);
+  WITHOUT(decoder_step, head);
+  WITHOUT(decoder_step, logits);
+  WITHOUT(decoder_step, cache_seqlens.data);
+  WITH(decoder_step, num_layers = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(decoder_step, batch = -1, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(decoder_step, hidden_size = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(decoder_step, cache_capacity = 0, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(decoder_step, num_kv_heads = 3, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(decoder_step, head_dim = 12, GQA_STATUS_UNSUPPORTED);
+  WITH(decoder_step, cache_seqlens.dtype = GQA_DTYPE_FLOAT16, GQA_STATUS_UNSUPPORTED);
 
   /* Nothing above may have launched. */
   expect("launch log", "refused calls launch nothing", launches == 0 ? GQA_STATUS_OK : GQA_STATUS_CUDA_ERROR,

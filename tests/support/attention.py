@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from support import attention_float64
 from support.bounds import assert_within_bound, to_numpy
 
 Result = tuple[Tensor, Tensor]
@@ -93,6 +94,20 @@ class Case:
             self._answers["largest score"] = largest
         return self._answers["reference"]
 
+    def reference_on(self, device: str) -> Result:
+        """The same by torch on a GPU."""
+        if "on device" not in self._answers:
+            outs, lses, scores = [], [], []
+            for b in range(self.batch):
+                rows = [token_positions(self, b, n) if self.rotary else [] for n in (len(self.q[b]), self.new[b])]
+                out, lse, score = attention_float64.reference(self, b, device, (rows[0], rows[1]))
+                outs.append(out)
+                lses.append(lse)
+                scores.append(score)
+            self._answers["on device"] = torch.cat(outs), torch.cat(lses, 1)
+            self._answers["largest score"] = float(torch.stack(scores).max()) if scores else 0.0
+        return self._answers["on device"]
+
     def baseline(self, device: str) -> Result:
         if "baseline" not in self._answers:
             threads = torch.get_num_threads()
@@ -105,7 +120,8 @@ class Case:
     def check(self, result: Result, what: str = "") -> None:
         """out and lse within P1's bound."""
         out, lse = result
-        expected_out, expected_lse = self.reference()
+        on_gpu = out.device.type == "cuda"
+        expected_out, expected_lse = self.reference_on("cuda") if on_gpu else self.reference()
         base_out, base_lse = self.baseline(out.device.type)
         score = 1 + self._answers["largest score"]
         value = max((float(v.abs().max()) for v in self.v if v.numel()), default=0.0)
@@ -120,13 +136,14 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 64,
+    device: str = "cpu",
     **options: Any,
 ) -> Case:
-    """Normally distributed sequences of these lengths."""
+    """Normally distributed sequences of these lengths; large ones are best drawn where they are used."""
     sizes_q = [q for q, _, _ in lengths]
     sizes_k = [cached + new for _, cached, new in lengths]
-    q = torch.randn(sum(sizes_q), heads[0], head_dim).to(dtype)
-    k, v = (torch.randn(sum(sizes_k), heads[1], head_dim).to(dtype) for _ in range(2))
+    q = torch.randn(sum(sizes_q), heads[0], head_dim, device=device).to(dtype)
+    k, v = (torch.randn(sum(sizes_k), heads[1], head_dim, device=device).to(dtype) for _ in range(2))
     return Case(
         list(q.split(sizes_q)),
         list(k.split(sizes_k)),
@@ -242,8 +259,7 @@ def _eager(case: Case, b: int, device: str) -> Result:
     scores = (q.transpose(0, 1).float() @ k.permute(1, 2, 0).float()).to(dtype) * case.softmax_scale
     if case.softcap:
         scores = torch.tanh(scores / case.softcap) * case.softcap
-    seen = torch.from_numpy(visible(case, b)).to(device)
-    scores = scores.masked_fill(~seen, float("-inf"))
+    scores = scores.masked_fill(~attention_float64.seen_keys(case, b, device), float("-inf"))
     if case.sinks is not None:
         sink = case.sinks.to(device, dtype)[:, None, None].expand(-1, len(q), 1)
         scores = torch.cat([scores, sink], -1)

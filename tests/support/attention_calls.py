@@ -29,8 +29,19 @@ _COMMON: dict[str, list[Any]] = {
     "return_lse": [True, False],
 }
 
-DECODE_CALLS = pairwise(_COMMON)
-PREFILL_CALLS = pairwise({"cache": [True, False], "ragged": [False, True], "causal": [True, False], **_COMMON})
+_PREFILL: dict[str, list[Any]] = {"cache": [True, False], "ragged": [False, True], "causal": [True, False], **_COMMON}
+# What the kernels for Hopper serve; of prefill 64 queries and more.
+_HOPPER: dict[str, list[Any]] = {
+    "head_dim": [64, 96, 128, 256],
+    "dtype": [torch.bfloat16, torch.float16],
+    "num_splits": [0],
+}
+_TILES: dict[str, list[Any]] = {"queries": [70], "rotary": [None], "batch_invariant": [False]}
+
+_DECODE: dict[str, list[Any]] = {**_COMMON, "static_prefix": [False, True]}
+
+DECODE_CALLS = pairwise(_DECODE) + pairwise({**_DECODE, **_HOPPER})
+PREFILL_CALLS = pairwise(_PREFILL) + pairwise({**_PREFILL, **_HOPPER, **_TILES})
 
 
 FUNCTIONS: dict[str, Any] = {
@@ -64,9 +75,11 @@ every_call = pytest.mark.parametrize("op, call", CALLS, ids=[f"{op[14:]} {name_o
 def make_call(
     op: str, combination: dict[str, Any], guard: Guard, *, batch: int = 2, heads: tuple[int, int] = (4, 2)
 ) -> Call:
-    cached = [7 + 9 * b for b in range(batch)] if combination.get("cache", True) else [0] * batch
-    new = 3 if combination["new"] or not combination.get("cache", True) else 0
-    case = make_case([(3, n, new) for n in cached], dtype=combination["dtype"], heads=heads, head_dim=32)
+    queries, head_dim = combination.get("queries", 3), combination.get("head_dim", 32)
+    cached = [queries + 4 + 9 * b for b in range(batch)] if combination.get("cache", True) else [0] * batch
+    new = queries if combination["new"] or not combination.get("cache", True) else 0
+    lengths = [(queries, n, new) for n in cached]
+    case = make_case(lengths, dtype=combination["dtype"], heads=heads, head_dim=head_dim)
     values = {name: combination[name] for name in ("window", "softcap", "scale")}
     if combination["sinks"]:
         values["sinks"] = torch.zeros(heads[0])
@@ -74,18 +87,18 @@ def make_call(
         values["leftpad"] = [1] * batch
     if combination["rotary"]:
         explicit = [[5, 6, 7]] * batch if combination["rotary"] == "positions" else None
-        values["rotary"] = make_rotary(32, 64, explicit=explicit)
+        values["rotary"] = make_rotary(head_dim, 64, explicit=explicit)
     case = case.change(**values)
     cache = build_cache(case, guard, page_size=combination["page_size"]) if combination.get("cache", True) else None
     keywords = arguments(
         case, guard, cache, ragged=combination.get("ragged", False), gathered=combination["rotary"] == "gathered"
     )
     keywords["return_lse"] = combination["return_lse"]
-    for name in ("num_splits", "batch_invariant"):
-        if combination[name]:
+    for name in ("num_splits", "batch_invariant", "static_prefix"):
+        if combination.get(name):
             keywords[name] = combination[name]
     if op == "gqa_attention_prefill":
         keywords["causal"] = combination["causal"]
         if combination["ragged"]:
-            keywords["max_seqlen_q"] = 3
+            keywords["max_seqlen_q"] = queries
     return Call(op, keywords)

@@ -72,7 +72,7 @@ def build_cache(
         shape[1], shape[2] = shape[2], shape[1]
     placed = []
     for keys in (case.k, case.v):
-        memory = torch.full(shape, fill, dtype=case.dtype)
+        memory = torch.full(shape, fill, dtype=case.dtype, device=keys[0].device if keys else "cpu")
         view = memory.transpose(1, 2) if heads_first else memory
         cache = Cache(view, view, torch.empty(0), table)
         for b in range(case.batch):

@@ -21,37 +21,48 @@ class Errors:
     mean: float
 
 
-def errors(actual: np.ndarray, reference: np.ndarray) -> Errors:
-    if actual.size == 0:
+def errors(actual: np.ndarray | Tensor, reference: np.ndarray | Tensor) -> Errors:
+    if 0 in actual.shape:
         return Errors(0.0, 0.0)
-    difference = np.abs(actual - reference)
+    difference = abs(actual - reference)
     return Errors(float(difference.max()), float(difference.mean()))
 
 
 def assert_within_bound(
-    actual: Tensor, reference: np.ndarray, baseline: Tensor, *, attention_extra: float = 0.0, what: str = "output"
+    actual: Tensor,
+    reference: np.ndarray | Tensor,
+    baseline: Tensor,
+    *,
+    attention_extra: float = 0.0,
+    what: str = "output",
 ) -> None:
     """max error <= 2 E + a and mean error <= 1.5 E_mean + a / 8, E being the baseline's error.
 
-    ``reference`` is float64; ``baseline`` is the plain eager PyTorch computation in ``actual``'s dtype. ``a`` is
-    0.25 eps max|reference| for half types and 8 eps max|reference| for float32, where attention adds
-    8 eps (1 + max|score|) max|v|: pass (1 + max|score|) max|v| as ``attention_extra``.
+    ``reference`` is float64: an array or, to compare on a GPU, a tensor there. ``baseline`` is the plain eager PyTorch
+    computation in ``actual``'s dtype. ``a`` is 0.25 eps max|reference| for half types and 8 eps max|reference| for
+    float32, where attention adds 8 eps (1 + max|score|) max|v|: pass (1 + max|score|) max|v| as ``attention_extra``.
     Infinities and NaN must stand in the same places.
     """
     assert tuple(actual.shape) == tuple(reference.shape) == tuple(baseline.shape), what
-    got, base = to_numpy(actual), to_numpy(baseline)
-    special = ~np.isfinite(reference)
-    np.testing.assert_array_equal(got[special], reference[special], err_msg=f"{what}: NaN or infinities differ")
-    assert np.isfinite(got[~special]).all(), f"{what}: not finite where the reference is"
-    got, base, reference = got[~special], base[~special], reference[~special]
-    if reference.size == 0:
+    expected = torch.from_numpy(reference) if isinstance(reference, np.ndarray) else reference
+    got, base = (x.detach().to(expected.device, torch.float64) for x in (actual, baseline))
+    if 0 in expected.shape:
         return
+    finite = expected.isfinite()
+    same = (finite | (got == expected) | (got.isnan() & expected.isnan())).all()
+    off, base_off, size = (torch.where(finite, x.abs(), 0.0) for x in (got - expected, base - expected, expected))
+    count = finite.sum().clamp(min=1)
+    asked = [same, (got.isfinite() | ~finite).all(), size.max()]
+    asked += [statistic for x in (off, base_off) for statistic in (x.max(), x.sum() / count)]
+    # All at once: a GPU is waited for one time.
+    alike, is_finite, largest, *found = torch.stack([x.double() for x in asked]).tolist()
+    assert alike, f"{what}: NaN or infinities differ"
+    assert is_finite, f"{what}: not finite where the reference is"
+    mine, theirs = Errors(*found[:2]), Errors(*found[2:])
     eps = torch.finfo(actual.dtype).eps
-    largest = float(np.abs(reference).max())
     slack = 0.25 * eps * largest
     if actual.dtype == torch.float32:
         slack = 8 * eps * largest + 8 * eps * attention_extra
-    mine, theirs = errors(got, reference), errors(base, reference)
     assert mine.max <= 2 * theirs.max + slack, (
         f"{what}: max error {mine.max:.3e} > 2 x {theirs.max:.3e} + {slack:.3e} ({actual.dtype})"
     )

@@ -25,6 +25,10 @@ __device__ __forceinline__ uint32_t cluster_id() {
 
 // Orders nothing by itself: what the others must see is published by a fence of its own.
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;"); }
+// What was read and written before is over for whoever waits.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The address, in the shared memory of block `rank`, of what lies at `address` in ours.

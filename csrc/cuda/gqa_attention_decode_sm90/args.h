@@ -24,9 +24,10 @@ struct Args {
   int32_t share;           // tiles of keys below which a sequence is not shared out among twice the blocks
   int32_t early;           // load ahead of the length
   int32_t batch;
-  float
-      fair;  // part of the tiles of all sequences below which one is not shared out either; 0 if they are not looked at
-  float scale, softcap;  // scale: of log2 units, or before the softcap
+  int32_t static_prefix;   // read it before earlier kernels have ended
+  int32_t triggers_early;  // let the next kernel's blocks start while all of ours still run
+  float fair;              // turns: part of all tiles that a block gets; else 0
+  float scale, softcap;    // scale: of log2 units, or before the softcap
   gqa_index cache_leftpad, block_table;
   uint32_t page_size, page_magic, page_shift;  // row / page_size == row * page_magic >> page_shift
   int32_t num_pages, paged_tiles;              // paged_tiles: no 16 rows cross a page
@@ -36,7 +37,7 @@ struct Args {
   int64_t out_stride[3];
   float *lse;
   const void *sinks;
-  int32_t sinks_float, num_q_heads;
+  int32_t sinks_float, num_q_heads, num_kv_heads;
   gqa_rotary rotary;
   int32_t cache_dtype;  // of a quantised cache
   const float *k_scale, *v_scale;
@@ -66,16 +67,18 @@ inline Args make_args(const gqa_attention_params &p, const DecodePlan &plan) {
   a.k_row = static_cast<int32_t>(element * p.k_cache_stride[1]);
   a.v_row = static_cast<int32_t>(element * p.v_cache_stride[1]);
   a.k_head = element * p.k_cache_stride[2], a.v_head = element * p.v_cache_stride[2];
-  a.num_q_heads = p.num_q_heads;
+  a.num_q_heads = p.num_q_heads, a.num_kv_heads = p.num_kv_heads;
   a.group = p.num_q_heads / p.num_kv_heads;
   a.seqlen_q = static_cast<int32_t>(p.seqlen_q);
   a.rows = a.group * a.seqlen_q;
   a.capacity = static_cast<int32_t>(p.cache_capacity);
   a.window_left = p.window_left < p.cache_capacity ? p.window_left : -1;  // wider than any sequence: no limit
   a.group_inverse = ((1u << 20) + a.group - 1) / a.group;
-  a.units = a.rows * (p.head_dim / 32);
+  a.units = a.rows * (p.head_dim / 32) * plan.heads;
   a.share = plan.share;
-  a.early = p.batch == 1;
+  a.early = plan.early;
+  a.static_prefix = p.static_prefix;
+  a.triggers_early = plan.triggers_early;
   a.batch = static_cast<int32_t>(p.batch);
   a.fair = plan.fair;
   a.scale = p.softcap > 0 ? p.softmax_scale / p.softcap : p.softmax_scale * kLog2e;

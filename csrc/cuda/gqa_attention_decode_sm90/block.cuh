@@ -13,22 +13,30 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 
 // kPlain_: one query token, no new keys, rotation, window, padding or softcap: short code for the calls that want
 // least.
-// kBytes_: of a cached element; 1: quantised.
-template <typename T_, int kBytes_, int kDim_, int kWarps_, int kStages_, int kTile_, int kRowTiles_,
-          DecodeCache kCache_, bool kPlain_>
+template <typename T_, int kShape_, DecodeCache kCache_, bool kPlain_>
 struct Config {
   using T = T_;
-  static constexpr int kBytes = kBytes_;
-  static constexpr int kDim = kDim_;
-  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
-  static constexpr int kStages = kStages_;                             // tiles of K and V that a warp has room for
-  static constexpr int kTile = kTile_, kSteps = kTile / 16;            // keys of a tile, and products along them
-  static constexpr int kRowTiles = kRowTiles_;                         // groups of 8 query rows
+  static constexpr DecodeShape kIs = kDecodeShapes[kShape_];
+  static constexpr int kBytes = kIs.bytes;  // of a cached element; 1: quantised
+  static constexpr int kDim = kIs.dim;
+  static constexpr int kWarps = kIs.warps, kThreads = 32 * kWarps;
+  static constexpr int kHeads = kIs.heads, kTeam = kWarps / kHeads;  // KV heads of a block, and warps of each
+  static constexpr int kStages = kIs.stages;                         // tiles of K and V that a warp has room for
+  static constexpr int kTile = kIs.tile, kSteps = kTile / 16;        // keys of a tile, and products along them
+  static constexpr int kRowTiles = kIs.row_tiles;                    // groups of 8 query rows
+  static constexpr bool kTurns = kIs.turns > 0;                      // blocks may work on several sequences
+  // Values of a quantised tile are read with its keys, where registers suffice, so that the stage is free sooner.
+  static constexpr bool kHolds = kBytes == 2 || kIs.resident == 1;
+  // These need more registers than so many blocks leave.
+  static constexpr bool kScarce =
+      !kPlain_ && (kBytes == 2 ? kDim == 96 : kDim == 256 || kIs.resident == 3 || kCache_ == DecodeCache::kAny);
+  static constexpr int kResident = kScarce && kIs.resident > 1 ? kIs.resident - 1 : kIs.resident;
   static constexpr bool kPaged = kCache_ != DecodeCache::kContiguous;  // rows are found through `Place`
   static constexpr bool kAligned = kCache_ != DecodeCache::kAny;
   static constexpr bool kPlain = kPlain_;
   static constexpr int kSlices = kDim / 32;
   static constexpr int kRows = 8 * kRowTiles;
+  static_assert(kWarps % kHeads == 0);
 
   // A tile is kTile rows of kChunks 16-byte chunks, chunk c of row r in place c ^ swizzle(r).
   static constexpr int kChunks = kDim * kBytes / 16;
@@ -47,13 +55,12 @@ struct Config {
   static_assert(kWeights + kRows * 8 <= kWarpBytes);
   static constexpr int kQueryPitch = kDim + 8;
   static constexpr int kQueries = kWarps * kWarpBytes;
-  static constexpr int kBarrier = kQueries + kRows * kQueryPitch * 2;
+  static constexpr int kBarrier = kQueries + kHeads * kRows * kQueryPitch * 2;
   static constexpr int kParts = kBarrier + 16;
   // A unit is 32 dimensions of a row; unit u belongs to block u % blocks, which gets it from each block.
   static constexpr int kUnitBytes = 32 * 4 + 8;
 
-  static_assert(kParts == decode_fixed_memory(kBytes, kDim, kWarps, kStages, kTile, kRowTiles) &&
-                kUnitBytes == kDecodeUnitBytes);
+  static_assert(kParts == decode_fixed_memory(kIs) && kUnitBytes == kDecodeUnitBytes);
 };
 
 // Address of 16-byte chunk 2 d + (chunk 0 or 1 of this lane) of this lane's row: `lane_at` is that of d = 0.
@@ -86,12 +93,15 @@ __device__ __forceinline__ void keep(X &x) {
   }
 }
 
-// Where this thread stands and what its block is about. The first 2^blocks_log of the cluster's blocks share the keys:
-// cached tiles go round all their warps, and this one takes first, first + stride ... below tile_end.
+// Where this thread stands and what its block is about. 2^blocks_log blocks of the cluster share the keys: cached tiles
+// go round all their warps, and this one takes first, first + stride ... below tile_end.
 template <typename C>
 struct Block {
   uint32_t key_offset, value_offset;  // in a tile, of what this lane addresses of K and V
-  int warp, lane, r, c, rank, blocks_log, b, head;
+  int warp, lane, r, c, b, head;
+  int first_head, team, member;  // heads are shared out among teams of warps
+  int rank, first_rank,
+      blocks_log;  // among the blocks that share the keys, which are ranks first_rank ... of the cluster
   Keys keys;
   int first, stride, tile_end;
   int row_low, row_high;  // cached rows that anyone sees
@@ -100,10 +110,12 @@ struct Block {
   __device__ void find_lane() {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // volatile: read once
     warp = __shfl_sync(~0u, threadIdx.x / 32, 0), r = lane / 4, c = lane % 4;
+    team = C::kHeads == 1 ? 0 : warp / C::kTeam, member = C::kHeads == 1 ? warp : warp % C::kTeam;
     key_offset = lane_offset<C>(lane % 16, lane / 16);
     value_offset = lane_offset<C>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     keep(key_offset), keep(value_offset), keep(r), keep(c);
   }
+  __device__ uint32_t peer(uint32_t owner) const { return first_rank + owner; }
   __device__ int blocks() const { return 1 << blocks_log; }
   // Units that this block owns, and the most that any does.
   __device__ int slots(const Args &p) const { return (p.units - rank + blocks() - 1) >> blocks_log; }
@@ -114,7 +126,10 @@ struct Block {
       *x = __shfl_sync(~0u, *x, 0);
     }
   }
+  // A block of the last heads may have fewer of them: the others' warps repeat the last one, without keys.
+  __device__ bool exists(const Args &p) const { return C::kHeads == 1 || first_head + team < p.num_kv_heads; }
   __device__ void find_heads(const Args &p) {
+    head = C::kHeads == 1 ? first_head : min(first_head + team, p.num_kv_heads - 1);
     const bool in_pages = C::kPaged && p.block_table.data != nullptr;
     k_head = p.k_cache + head * p.k_head + (in_pages ? 0 : b * p.k_outer);
     v_head = p.v_cache + head * p.v_head + (in_pages ? 0 : b * p.v_outer);
@@ -149,28 +164,6 @@ struct Length {
   }
 };
 
-// Tiles below which a sequence is not shared out among twice the blocks: with a batch of few sequences a fair part of
-// all tiles, so that equal ones get a block or two each, and a long one among short ones many. `first`: the length of
-// sequence `lane`.
-template <typename C>
-__device__ int find_share(const Args &p, const Block<C> &t, const Length &first) {
-  if (p.fair == 0) return p.share;
-  const auto tiles_of = [&](int cached) {
-    const int keys = cached < 0 || cached > p.capacity ? 0
-                     : p.window_left < 0               ? cached
-                                                       : min(cached, p.window_left + 1);
-    return static_cast<uint32_t>(keys + C::kTile - 1) / C::kTile;
-  };
-  uint32_t tiles = t.lane < p.batch ? tiles_of(first.value()) : 0;
-  for (int b = t.lane + 32; b < p.batch; b += 32) {
-    Length length;
-    length.load(p.cache_seqlens, b, 0);
-    tiles += tiles_of(length.value());
-  }
-  tiles = __reduce_add_sync(~0u, tiles);
-  return max(p.share, static_cast<int>(p.fair * tiles) + 1);
-}
-
 // The sequence's lengths, the blocks that share its keys and where this warp's tiles begin and end.
 template <typename C>
 __device__ bool divide(const Args &p, int cached, int leftpad, int share, Block<C> *t) {
@@ -180,12 +173,14 @@ __device__ bool divide(const Args &p, int cached, int leftpad, int share, Block<
   cached = valid ? cached : 0;
   t->keys = {cached + new_keys - p.seqlen_q, cached, cached + new_keys, min(leftpad, p.capacity), p.window_left};
   t->row_low = C::kPlain ? 0 : max(t->keys.low(0), 0), t->row_high = cached;
+  const bool exists = t->exists(p);
   const int start = static_cast<uint32_t>(t->row_low) / C::kTile;
-  t->first = start + t->rank * C::kWarps + t->warp;
+  t->first = start + t->rank * C::kTeam + t->member;
   t->tile_end = t->row_low < cached ? static_cast<int>(static_cast<uint32_t>(cached + C::kTile - 1) / C::kTile) : start;
 #pragma unroll 1
   while (t->blocks_log > 0 && (t->tile_end - start - 1) >> (t->blocks_log - 1) < share) --t->blocks_log;
-  t->stride = C::kWarps << t->blocks_log;
+  t->stride = C::kTeam << t->blocks_log;
+  if (!exists) t->first = t->tile_end;
   return valid;
 }
 

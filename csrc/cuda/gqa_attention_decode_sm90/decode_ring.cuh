@@ -16,6 +16,7 @@
 #include "cuda/gqa_attention_decode_sm90/quantized_keys.cuh"
 #include "cuda/gqa_attention_decode_sm90/quantized_scores.cuh"
 #include "cuda/gqa_attention_decode_sm90/scores.cuh"
+#include "cuda/gqa_attention_decode_sm90/turns.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -25,12 +26,12 @@ template <typename C>
 struct Work {
   int first, stride, cached, has_new, new_at;
 
-  __device__ Work(const Block<C> &t, bool appends) {
+  __device__ Work(const Block<C> &t, bool exists, bool appends) {
     first = t.first, stride = t.stride;
-    const int before = t.rank * C::kWarps + t.warp, tiles = t.tile_end - (first - before);
-    const int rounds = static_cast<uint32_t>(tiles) / C::kWarps >> t.blocks_log, rest = tiles - rounds * stride;
-    cached = rounds + (before < rest);
-    has_new = !C::kPlain && appends && before == rest;
+    const int before = t.rank * C::kTeam + t.member, tiles = t.tile_end - (first - before);
+    const int rounds = static_cast<uint32_t>(tiles) / C::kTeam >> t.blocks_log, rest = tiles - rounds * stride;
+    cached = exists ? rounds + (before < rest) : 0;
+    has_new = !C::kPlain && appends && exists && before == rest;
     new_at = has_new ? min(cached, C::kStages - 1) : -1;
   }
   __device__ int tile(int i) const { return first + (i - (has_new && i > new_at)) * stride; }
@@ -75,13 +76,17 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
       copy_async_commit();
     };
     typename SumsOf<C>::Weights weights;
+    Scores<C> scores;
     if constexpr (C::kBytes == 1) {
-      sums->score(p, t, queries, stage, key, end, C::kPaged && (is_new || (bad & 1)), weights);
-      sums->add(p, t, stage + C::kTileBytes, key, end, weights);
+      typename SumsOf<C>::Values values;
+      sums->read(p, t, queries, stage, &scores, values);
+      const bool checks_pages = C::kPaged && (is_new || (bad & 1));
       if (C::kPaged) bad = bad >> 1 | uint32_t{ahead.is_bad()} << (C::kStages - 1);
-      refill();
+      if (C::kHolds) refill();
+      sums->weigh(p, t, queries, key, end, checks_pages, &scores, weights);
+      sums->add(p, t, values, key, end, weights);
+      if (!C::kHolds) refill();
     } else {
-      Scores<C> scores;
       Values<C> values;
       read_tile(t, queries, stage, &scores, &values);
       refill();
@@ -92,119 +97,139 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
   }
 }
 
-template <typename C, int kBlocks>
-__global__ void __launch_bounds__(C::kThreads, kBlocks) decode_ring(const __grid_constant__ Args p) {
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident) decode_ring(const __grid_constant__ Args p) {
 #if __CUDA_ARCH__ >= 900  // the plan chooses it there only
   using T = typename C::T;
   extern __shared__ __align__(1024) char shared[];
   const uint32_t shared_base = shared_address(shared);
   Block<C> t;
   t.find_lane();
-  t.rank = cluster_rank(), t.blocks_log = 31 - __clz(cluster_size());
-  t.head = blockIdx.y, t.b = blockIdx.z;
-  const bool shares = t.blocks_log > 0, early = C::kPlain && p.early;
-  char *ring = shared + t.warp * C::kWarpBytes;
-  wait_for_prerequisites();
-  Length length, padding;
-  length.load(p.cache_seqlens, t.b, t.lane * p.zero);
-  Length others{};  // of sequence `lane`
-  if (p.fair > 0) others.load(p.cache_seqlens, min(t.lane, p.batch - 1), 0);
-  if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
-  t.find_heads(p);
-  const Loader<C> loader(p, t);
+  t.rank = cluster_rank(), t.first_rank = 0, t.blocks_log = 31 - __clz(cluster_size());
+  t.first_head = blockIdx.y * C::kHeads, t.b = blockIdx.z;
+  const bool clusters = t.blocks_log > 0, early = C::kPlain && p.early, turns = C::kTurns && p.fair > 0;
   const bool rotates = !C::kPlain && p.rotary.cos != nullptr;
-  Queries<C> queries;
-  if (!rotates) queries.load(p, t);  // ahead of the keys, or they would arrive after them
-  if constexpr (C::kPlain) {
-    if (early) {  // rows below the capacity exist: the first tile is loaded whatever the length
-      t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + C::kTile - 1) / C::kTile;
-      const int tile = t.rank * C::kWarps + t.warp;
-      Place<C> place;
-      place.find(p, t, tile);
-      if (tile < t.tile_end) {
-        loader.load(p, t, place, tile, shared_address(ring));
+  char *ring = shared + t.warp * C::kWarpBytes;
+  if (p.triggers_early) launch_dependents();
+  if (!p.static_prefix) wait_for_prerequisites();
+  int phase = 0;
+#pragma unroll 1
+  for (int turn = 0;; ++turn) {
+    Length length, padding;
+    length.load(p.cache_seqlens, turns ? min(t.lane, p.batch - 1) : t.b, t.lane * p.zero);
+    int cached = 0;
+    bool more = false;
+    if constexpr (C::kTurns) {
+      if (turns) {
+        const Turns<C> all(p, t, length.value());
+        if (turn > 0) cluster_arrive();
+        if (!all.find(p, length.value(), all.first_place(turn) + cluster_rank(), &t, &cached)) break;
+        more = all.first_place(turn + 1) < all.places;
       }
     }
-  }
-  if (shares) {
-    if (threadIdx.x == 0) {
-      mbarrier_init(shared_base + C::kBarrier, 1);
-      mbarrier_fence_init();
+    if constexpr (!C::kPlain) padding.load(p.cache_leftpad, t.b, t.lane * p.zero);
+    t.find_heads(p);
+    const Loader<C> loader(p, t);
+    Queries<C> queries;
+    if (!rotates && !p.static_prefix) queries.load(p, t);  // ahead of the keys, or they would arrive after them
+    if constexpr (C::kPlain) {
+      if (early) {  // rows below the capacity exist: the first tile is loaded whatever the length
+        t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + C::kTile - 1) / C::kTile;
+        const int tile = t.rank * C::kTeam + t.member;
+        Place<C> place;
+        place.find(p, t, tile);
+        if (tile < t.tile_end) loader.load(p, t, place, tile, shared_address(ring));
+      }
     }
-    cluster_arrive_relaxed();  // waited for just before the push
-  }
-  const Output output(p, t);
+    if (clusters && turn == 0) {
+      if (threadIdx.x == 0) {
+        mbarrier_init(shared_base + C::kBarrier, 1);
+        mbarrier_fence_init();
+      }
+      cluster_arrive_relaxed();  // waited for just before the push
+    }
+    const Output output(p, t);
 
-  const int share = find_share(p, t, others);
-  bool valid = divide(p, length.value(), C::kPlain ? 0 : padding.value(), share, &t);
-  valid = __shfl_sync(~0u, valid, 0);
-  t.make_uniform();
-  if (t.rank >= t.blocks()) {  // too short a sequence to be shared out as far as here
-    copy_async_wait<0>();
-    return;
-  }
-  if (t.blocks_log > 0 && threadIdx.x == 0) {
-    mbarrier_arrive_expect(shared_base + C::kBarrier, (t.slots(p) << t.blocks_log) * C::kUnitBytes);
-  }
-  const bool appends = valid && p.k != nullptr;
-  const Work<C> work(t, appends);
-  Place<C> place[C::kStages], ahead;
-#pragma unroll
-  for (int s = 0; s < C::kStages; ++s) {
-    if (s > 0 || !early) place[s].find(p, t, work.first + s * work.stride);
-  }
-  ahead.find(p, t, work.tile(C::kStages));
-#pragma unroll
-  for (int s = 0; s < C::kStages; ++s) {
-    const int tile = work.first + s * work.stride;
-    const uint32_t stage = shared_address(ring) + s * C::kStageBytes;
-    if (tile < t.tile_end && s != work.new_at && (s > 0 || !early)) {
-      loader.load(p, t, place[s], tile, stage);
+    if (!turns) cached = length.value();
+    bool valid =
+        divide(p, cached, C::kPlain ? 0 : padding.value(), turns ? -1 : p.share, &t);  // -1: as many blocks as found
+    valid = __shfl_sync(~0u, valid, 0);
+    t.make_uniform();
+    if (t.rank >= t.blocks()) {  // too short a sequence to be shared out as far as here
+      copy_async_wait<0>();
+      wait_for_prerequisites();
+      return;
     }
-    if (s < C::kStages - 1) copy_async_commit();
-  }
-  if (!C::kPlain && work.has_new) {
-    const int offset = work.new_at * C::kStageBytes;
+    if (t.blocks_log > 0 && threadIdx.x == 0) {
+      mbarrier_arrive_expect(shared_base + C::kBarrier, (t.slots(p) << t.blocks_log) * C::kUnitBytes);
+    }
+    const bool appends = valid && p.k != nullptr;
+    const Work<C> work(t, t.exists(p), appends);
+    Place<C> place[C::kStages], ahead;
+#pragma unroll
+    for (int s = 0; s < C::kStages; ++s) {
+      if (s > 0 || !early) place[s].find(p, t, work.first + s * work.stride);
+    }
+    ahead.find(p, t, work.tile(C::kStages));
+#pragma unroll
+    for (int s = 0; s < C::kStages; ++s) {
+      const int tile = work.first + s * work.stride;
+      const uint32_t stage = shared_address(ring) + s * C::kStageBytes;
+      if (tile < t.tile_end && s != work.new_at && (s > 0 || !early)) loader.load(p, t, place[s], tile, stage);
+      if (s < C::kStages - 1) copy_async_commit();
+    }
+    if (p.static_prefix) {
+      wait_for_prerequisites();
+      if (!rotates) queries.load(p, t);
+    }
+    if (!C::kPlain && work.has_new) {
+      const int offset = work.new_at * C::kStageBytes;
+      if constexpr (C::kBytes == 1) {
+        stage_quantized_keys(p, t, ring + offset);
+      } else {
+        load_new_keys(p, t, loader, shared_address(ring) + offset, ring + offset);
+      }
+    }
+    copy_async_commit();
+    if (rotates) {
+      auto *staged = reinterpret_cast<T *>(shared + C::kQueries) + t.team * C::kRows * C::kQueryPitch;
+      stage_queries(p, t, staged);
+      __syncthreads();
+      queries.load_staged(p, t, staged);
+    }
+    uint32_t bad = 0;
     if constexpr (C::kBytes == 1) {
-      stage_quantized_keys(p, t, ring + offset);
-    } else {
-      load_new_keys(p, t, loader, shared_address(ring) + offset, ring + offset);
-    }
-  }
-  copy_async_commit();
-  if (rotates) {
-    auto *staged = reinterpret_cast<T *>(shared + C::kQueries);
-    stage_queries(p, t, staged);
-    __syncthreads();
-    queries.load_staged(p, t, staged);
-  }
-  uint32_t bad = 0;
-  if constexpr (C::kBytes == 1) {
-    queries.suit_quantized(p, t);
-    if (C::kPaged) {
+      queries.suit_quantized(p, t);
+      if (C::kPaged) {
 #pragma unroll
-      for (int s = 0; s < C::kStages; ++s) bad |= uint32_t{(s == 0 && early) || place[s].is_bad()} << s;
+        for (int s = 0; s < C::kStages; ++s) bad |= uint32_t{(s == 0 && early) || place[s].is_bad()} << s;
+      }
     }
-  }
-  SumsOf<C> sums;
-  sums.clear();
-  attend(p, t, loader, work, queries, ahead, bad, ring, &sums);
-  launch_dependents();  // not sooner: the next kernel's blocks would take the room of ours that have not begun
+    SumsOf<C> sums;
+    sums.clear();
+    attend(p, t, loader, work, queries, ahead, bad, ring, &sums);
+    if (!p.triggers_early) launch_dependents();
 
-  if constexpr (C::kPlain) copy_async_wait<0>();  // for a first tile that nobody wanted
-  __syncwarp();
-  sums.store(p, t, ring);
-  __syncthreads();
-  if (t.blocks_log == 0) {
-    join_warps<C>(p, shared, [&](int unit, int lane, float4 o, float top, float sum) {
-      write_lane(p, t, output, valid, unit, lane, o, top, sum);
-    });
-    return;
+    if constexpr (C::kPlain) copy_async_wait<0>();  // for a first tile that nobody wanted
+    __syncwarp();
+    sums.store(p, t, ring);
+    __syncthreads();
+    if (t.blocks_log == 0) {
+      join_warps<C>(p, shared, [&](int unit, int lane, float4 o, float top, float sum) {
+        write_lane(p, t, output, valid, unit, lane, o, top, sum);
+      });
+    } else {
+      cluster_wait();
+      push_sums(p, t, shared, shared_base);
+      mbarrier_wait_cluster(shared_base + C::kBarrier, phase);
+      phase ^= 1;
+      finish_units(p, t, output, shared);
+    }
+    if (!more) return;
+    if (t.blocks_log == 0) cluster_wait();
+    __syncthreads();  // the rings are free again
   }
-  cluster_wait();
-  push_sums(p, t, shared, shared_base);
-  mbarrier_wait_cluster(shared_base + C::kBarrier, 0);
-  finish_units(p, t, output, shared);
+  wait_for_prerequisites();  // of a block without work
 #endif
 }
 

@@ -7,32 +7,43 @@
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/programmatic_launch.cuh"
-#include "cuda/gqa_attention_decode_sm90/block.cuh"
+#include "cuda/gqa_attention_decode_sm90/quantized_tiles.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
-// Joins the sums of the block's warps and hands them to emit(unit, lane of the unit, sums, maximum, weight): dimensions
+// Which of the block's heads a row of all their rows belongs to.
+template <typename C>
+__device__ __forceinline__ int team_of(const Args &p, int row) {
+  int team = 0;
+#pragma unroll
+  for (int i = 1; i < C::kHeads; ++i) team += row >= i * p.rows;
+  return team;
+}
+
+// Joins the sums of each head's warps and hands them to emit(unit, lane of the unit, sums, maximum, weight): dimensions
 // lane, 8 + lane, 16 + lane and 24 + lane of the unit.
 template <typename C, typename Emit>
 __device__ void join_warps(const Args &p, const char *shared, Emit &&emit) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < 8 * p.units; i += C::kThreads) {
-    const int unit = i / 8, row = unit / C::kSlices, slice = unit % C::kSlices;
-    const char *at = shared + (row * C::kSumPitch + i % 8 * C::kSumStep + 4 * slice) * 4;
-    float2 scales[C::kWarps];
-    float4 x[C::kWarps];
+    const int unit = i / 8, slice = unit % C::kSlices, team = team_of<C>(p, unit / C::kSlices);
+    const int row = unit / C::kSlices - team * p.rows;
+    const char *sums = shared + team * C::kTeam * C::kWarpBytes;
+    const char *at = sums + (row * C::kSumPitch + i % 8 * C::kSumStep + 4 * slice) * 4;
+    float2 scales[C::kTeam];
+    float4 x[C::kTeam];
 #pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) {
-      scales[w] = reinterpret_cast<const float2 *>(shared + w * C::kWarpBytes + C::kWeights)[row];
+    for (int w = 0; w < C::kTeam; ++w) {
+      scales[w] = reinterpret_cast<const float2 *>(sums + w * C::kWarpBytes + C::kWeights)[row];
       x[w] = *reinterpret_cast<const float4 *>(at + w * C::kWarpBytes);
     }
     float top = minus_infinity(), sum = 0;
     float4 o = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) top = fmaxf(top, scales[w].x);
+    for (int w = 0; w < C::kTeam; ++w) top = fmaxf(top, scales[w].x);
     const float base = top == minus_infinity() ? 0.0f : top;
 #pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) {
+    for (int w = 0; w < C::kTeam; ++w) {
       const float factor = exp2_fast(scales[w].x - base);
       o.x += factor * x[w].x, o.y += factor * x[w].y, o.z += factor * x[w].z, o.w += factor * x[w].w;
       sum += factor * scales[w].y;
@@ -47,9 +58,10 @@ __device__ void push_sums(const Args &p, const Block<C> &t, char *shared, uint32
   const int weights = C::kParts + (t.most_slots(p) << t.blocks_log) * 128;
   join_warps<C>(p, shared, [&](int unit, int lane, float4 o, float top, float sum) {
     const uint32_t owner = unit & (t.blocks() - 1), part = (unit - owner) + t.rank;
-    const uint32_t barrier = map_to_rank(shared_base + C::kBarrier, owner);
-    push(map_to_rank(shared_base + C::kParts + part * 128 + lane * 16, owner), o.x, o.y, o.z, o.w, barrier);
-    if (lane == 0) push(map_to_rank(shared_base + weights + part * 8, owner), top, sum, barrier);
+    const uint32_t barrier = map_to_rank(shared_base + C::kBarrier, t.peer(owner));
+    const uint32_t to = map_to_rank(shared_base, t.peer(owner));
+    push(to + C::kParts + part * 128 + lane * 16, o.x, o.y, o.z, o.w, barrier);
+    if (lane == 0) push(to + weights + part * 8, top, sum, barrier);
   });
 }
 
@@ -70,12 +82,12 @@ struct Output {
 
   template <typename C>
   __device__ Output(const Args &p, const Block<C> &t)
-      : out(p.out + t.b * p.out_stride[0] + static_cast<int64_t>(t.head) * p.group * p.out_stride[2]),
+      : out(p.out + t.b * p.out_stride[0] + static_cast<int64_t>(t.first_head) * p.group * p.out_stride[2]),
         token_stride(p.out_stride[1]),
         head_stride(p.out_stride[2]),
         lse(p.lse),
         sinks(p.sinks),
-        v_scale(C::kBytes == 1 ? scale_of(p.v_scale, p.v_scale_stride, t.head) : 1.0f) {
+        v_scale(C::kBytes == 1 ? scale_of(p.v_scale, p.v_scale_stride, t.first_head) * unit_of(p) : 1.0f) {
     have_ready(out), have_ready(head_stride), have_ready(lse), have_ready(sinks);
   }
 };
@@ -85,9 +97,10 @@ template <typename C>
 __device__ void write_lane(const Args &p, const Block<C> &t, const Output &output, bool valid, int unit, int lane,
                            float4 o, float top, float sum) {
   using T = typename C::T;
-  const int row = unit / C::kSlices, slice = unit % C::kSlices;
-  const int token = C::kPlain ? 0 : token_of_row(p, row), in_group = row - token * p.group;
-  const int head = t.head * p.group + in_group;
+  const int team = team_of<C>(p, unit / C::kSlices), row = unit / C::kSlices - team * p.rows, slice = unit % C::kSlices;
+  if (C::kHeads > 1 && t.first_head + team >= p.num_kv_heads) return;
+  const int token = C::kPlain ? 0 : token_of_row(p, row), in_block = row - token * p.group + team * p.group;
+  const int head = t.first_head * p.group + in_block;
   if (output.sinks != nullptr) {
     const float sink = load_sink(p, head, std::is_same_v<T, __half>), highest = fmaxf(top, sink);
     const float base = highest == minus_infinity() ? 0.0f : highest, factor = exp2_fast(top - base);
@@ -96,9 +109,11 @@ __device__ void write_lane(const Args &p, const Block<C> &t, const Output &outpu
     top = highest;
   }
   float scale = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
-  if constexpr (C::kBytes == 1) scale *= output.v_scale;
+  if constexpr (C::kBytes == 1) {
+    scale *= team == 0 ? output.v_scale : scale_of(p.v_scale, p.v_scale_stride, t.first_head + team) * unit_of(p);
+  }
   if (!valid) scale = sum = __int_as_float(0x7fc00000);
-  char *row_at = output.out + in_group * output.head_stride;
+  char *row_at = output.out + in_block * output.head_stride;
   if (!C::kPlain) row_at += token * output.token_stride;
   if constexpr (C::kBytes == 1) {  // dimensions 2 lane, 2 lane + 1 and 16 more of both
     auto *to = reinterpret_cast<uint32_t *>(reinterpret_cast<T *>(row_at) + 32 * slice) + lane;

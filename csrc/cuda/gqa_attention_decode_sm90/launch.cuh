@@ -7,13 +7,8 @@
 namespace gqa::cuda::decode_sm90 {
 
 template <typename T, int kShape, DecodeCache kCache, bool kPlain>
-gqa_status launch_instance(const Args &args, bool balanced, const gqa_launch &plan, cudaStream_t stream) {
-  constexpr DecodeShape kIs = kDecodeShapes[kShape];
-  using C = Config<T, kIs.bytes, kIs.dim, kIs.warps, kIs.stages, kIs.tile, kIs.row_tiles, kCache, kPlain>;
-  // Wide rows, and rows moved through registers, need more of those than so many blocks leave.
-  constexpr bool kScarce = kIs.bytes == 1 && !kPlain && (kIs.dim == 256 || kCache == DecodeCache::kAny);
-  constexpr int kBlocks = kScarce && kIs.resident > 1 ? kIs.resident - 1 : kIs.resident;
-  constexpr auto kKernel = &decode_ring<C, kBlocks>;
+gqa_status launch_instance(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
+  constexpr auto kKernel = &decode_ring<Config<T, kShape, kCache, kPlain>>;
   const auto *function = reinterpret_cast<const void *>(kKernel);
   log_launch(plan);
   GQA_RETURN_IF_ERROR(
@@ -21,27 +16,31 @@ gqa_status launch_instance(const Args &args, bool balanced, const gqa_launch &pl
   if (plan.num_splits > 8) {
     GQA_RETURN_IF_ERROR(check_cuda(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)));
   }
-  cudaLaunchAttribute attributes[3] = {{}, programmatic_attribute(), {}};
+  cudaLaunchAttribute attributes[3] = {};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(plan.num_splits), 1, 1};
+  int count = 1;
+  if (decode.balanced) {
+    attributes[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+    attributes[count++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
+  }
+  if (decode.programmatic) attributes[count++] = programmatic_attribute();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.grid[0], plan.grid[1], plan.grid[2]);
   config.blockDim = dim3(plan.block[0]);
   config.dynamicSmemBytes = plan.shared_memory;
   config.stream = stream;
   config.attrs = attributes;
-  attributes[2].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
-  attributes[2].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicyLoadBalancing;
-  config.numAttrs = balanced ? 3 : 2;
+  config.numAttrs = count;
   return check_cuda(cudaLaunchKernelEx(&config, kKernel, args));
 }
 
 template <typename T, int kShape, DecodeCache kCache>
 gqa_status launch_cache(const DecodePlan &decode, const Args &args, const gqa_launch &plan, cudaStream_t stream) {
   if constexpr (kCache != DecodeCache::kAny) {
-    if (decode.plain) return launch_instance<T, kShape, kCache, true>(args, decode.balanced, plan, stream);
+    if (decode.plain) return launch_instance<T, kShape, kCache, true>(decode, args, plan, stream);
   }
-  return launch_instance<T, kShape, kCache, false>(args, decode.balanced, plan, stream);
+  return launch_instance<T, kShape, kCache, false>(decode, args, plan, stream);
 }
 
 template <typename T, int kBytes, int kDim, int kShape = 0>

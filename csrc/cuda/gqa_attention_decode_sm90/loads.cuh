@@ -35,10 +35,11 @@ __device__ __forceinline__ void store_unaligned16(char *to, uint4 value) {
   for (int i = 0; i < 8; ++i) x[i] = static_cast<uint16_t>(pairs[i / 2] >> 16 * (i % 2));
 }
 
-// 16 bytes of a row. L2 fetches rows of less than 128 bytes as they are, or it would bring what other blocks read, too.
+// 16 bytes of a row. L2 fetches rows that are no whole lines as they are, or it would bring what other blocks read,
+// too.
 template <typename C>
 __device__ __forceinline__ void copy_chunk_async(uint32_t to, const char *from, uint32_t bytes) {
-  if constexpr (C::kRowBytes < 128) {
+  if constexpr (C::kHeads == 1 && C::kRowBytes % 128 != 0) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   } else {
     copy_async16(to, from, bytes);

@@ -58,12 +58,12 @@ __device__ void rotate_rows(const Args &p, const Block<C> &t, int rows, int firs
   }
 }
 
-// Rotated query rows to shared memory, by the whole block.
+// Rotated query rows of a head to shared memory, by its team.
 template <typename C>
 __device__ void stage_queries(const Args &p, const Block<C> &t, typename C::T *staged) {
   using T = typename C::T;
   rotate_rows(
-      p, t, p.rows, threadIdx.x, C::kThreads, [&](int row) { return Queries<C>::row_at(p, t, row); },
+      p, t, p.rows, 32 * t.member + t.lane, 32 * C::kTeam, [&](int row) { return Queries<C>::row_at(p, t, row); },
       [&](int row) { return token_of_row(p, row); },
       [&](int row, const RowPair &pair) {
         staged[row * C::kQueryPitch + pair.low] = from_float<T>(pair.x.first);

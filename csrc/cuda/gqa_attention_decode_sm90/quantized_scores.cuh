@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/gqa_attention_decode_sm90/loads.cuh"
-#include "cuda/gqa_attention_decode_sm90/quantized_tiles.cuh"
+#include "cuda/gqa_attention_decode_sm90/quantized_products.cuh"
 #include "cuda/gqa_attention_decode_sm90/scores.cuh"
 
 namespace gqa::cuda::decode_sm90 {
@@ -15,29 +15,42 @@ struct QuantizedSums : Sums<C> {
   static constexpr float kHeadroom = 7;
 
   using typename Sums<C>::Weights;
+  using Values = Words<C>[C::kSteps];
+
+  float bias[C::kRowTiles][4];  // int8: of every dimension of o, what the 128 in the values add to it
+
+  __device__ void clear() {
+    Sums<C>::clear();
+#pragma unroll
+    for (int e = 0; e < 4 * C::kRowTiles; ++e) bias[e / 4][e % 4] = 0;
+  }
+
+  // Scores of the tile's keys, and its values, out of shared memory: the stage is free after, if C::kHolds.
+  __device__ __forceinline__ static void read(const Args &p, const Block<C> &t, const Queries<C> &queries,
+                                              uint32_t tile, Scores<C> *scores, Values &values) {
+    Words<C> keys[C::kSteps];
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) keys[step].keys(t, tile, step);
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) values[step].values(t, tile, step);
+    if (is_int8(p)) {
+      score_keys<C, true>(queries, keys, scores);
+    } else {
+      score_keys<C, false>(queries, keys, scores);
+    }
+  }
 
   // Weights of the tile of keys `key` ... below `end`, as operands; sums so far are scaled to the new base.
   // `checks_pages`: keys of bad pages may be among them.
-  __device__ void score(const Args &p, const Block<C> &t, const Queries<C> &queries, uint32_t tile, int key, int end,
-                        bool checks_pages, Weights &weights) {
-    float s[C::kSteps][C::kRowTiles][4] = {};
-#pragma unroll
-    for (int step = 0; step < C::kSteps; ++step) {
-      const uint32_t at = tile + step * 16 * C::kRowBytes + t.key_offset;
-      each_key<C>(p, at, [&](int d, const uint32_t(&k)[4]) {
-#pragma unroll
-        for (int n = 0; n < C::kRowTiles; ++n) {
-          multiply_add<__half>(s[step][n], k, queries.x[n][d][0], queries.x[n][d][1]);
-        }
-      });
-    }
+  __device__ void weigh(const Args &p, const Block<C> &t, const Queries<C> &queries, int key, int end,
+                        bool checks_pages, Scores<C> *scores, Weights &weights) {
     const int page = C::kPaged && checks_pages ? find_page(p, t, key, end) : 0;
     const bool edge = this->is_edge(p, t, key, end);
 #pragma unroll
     for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
       for (int step = 0; step < C::kSteps; ++step) {
-        float(&x)[4] = s[step][n];
+        float(&x)[4] = scores->x[step][n];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           x[e] = __fmul_rn(x[e], queries.scale[n][e % 2]);
@@ -46,64 +59,90 @@ struct QuantizedSums : Sums<C> {
         if (C::kPaged && checks_pages) spoil(page, 16 * step + t.r, x);
         if (edge) this->mask(p, t, n, key + 16 * step, end, x);
       }
+      weigh_rows(n, scores, weights);
     }
-    weigh(s, weights);
   }
 
-  __device__ void add(const Args &p, const Block<C> &t, uint32_t tile, int key, int end, const Weights &weights) {
+  __device__ void add(const Args &p, const Block<C> &t, Values &values, int key, int end, const Weights &weights) {
     const bool mixed = !C::kPlain && (p.seqlen_q > 1 || end > t.row_high) && this->is_edge(p, t, key, end);
+    if (is_int8(p)) {
+      add_values<true>(p, t, values, key, end, mixed, weights);
+    } else {
+      add_values<false>(p, t, values, key, end, mixed, weights);
+    }
+  }
+
+  __device__ void store(const Args &p, const Block<C> &t, char *warp_shared) {
+#pragma unroll
+    for (int n = 0; n < C::kRowTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] -= bias[n][e % 4];
+    }
+    Sums<C>::store(p, t, warp_shared);
+  }
+
+ private:
+  // Scores of a row tile become weights; sums so far are scaled to the new bases.
+  __device__ void weigh_rows(int n, Scores<C> *scores, Weights &weights) {
+    float factor[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float &base = this->max[n][e], &sum = this->sum[n][e];
+      float top = minus_infinity();
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+        top = fmaxf(top, fmaxf(scores->x[step][n][e], scores->x[step][n][2 + e]));
+      }
+      top = fmaxf(base, top - kHeadroom);
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      const float finite = top == minus_infinity() ? 0.0f : top;
+      factor[e] = exp2_fast(base - finite);
+      base = top;
+      sum *= factor[e];
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+        float(&x)[4] = scores->x[step][n];
+        x[e] = exp2_fast(x[e] - finite), x[2 + e] = exp2_fast(x[2 + e] - finite);
+        sum += x[e] + x[2 + e];
+      }
+    }
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
-      const uint32_t at = tile + step * 16 * C::kRowBytes + t.value_offset;
+      const float(&x)[4] = scores->x[step][n];
+      weights[step][n][0] = transpose_matrix(pack<__half>(x[0], x[1]));
+      weights[step][n][1] = transpose_matrix(pack<__half>(x[2], x[3]));
+    }
+    if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+      for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] *= factor[e % 2];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) bias[n][e] *= factor[e % 2];
+    }
+  }
+
+  template <bool kInt8>
+  __device__ __forceinline__ void add_values(const Args &p, const Block<C> &t, Values &values, int key, int end,
+                                             bool mixed, const Weights &weights) {
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) {
+      if constexpr (kInt8) {
+        constexpr uint32_t kBias[4] = {kInt8Bias, kInt8Bias, kInt8Bias, kInt8Bias};
+#pragma unroll
+        for (int n = 0; n < C::kRowTiles; ++n) {
+          multiply_add<__half>(bias[n], kBias, weights[step][n][0], weights[step][n][1]);
+        }
+      }
       if (mixed) {
-        add_edge(p, t, at, key + 16 * step, end, weights[step]);
+        add_edge<kInt8>(p, t, values[step], key + 16 * step, end, weights[step]);
         continue;
       }
-      each_value<C>(p, at, [&](int d, const uint32_t(&v)[4]) {
+      values[step].template each_value<kInt8>([&](int d, const uint32_t(&v)[4]) {
 #pragma unroll
         for (int n = 0; n < C::kRowTiles; ++n) {
           multiply_add<__half>(this->o[n][d], v, weights[step][n][0], weights[step][n][1]);
         }
       });
-    }
-  }
-
- private:
-  // Scores become weights; sums so far are scaled to the new bases.
-  __device__ void weigh(float (&s)[C::kSteps][C::kRowTiles][4], Weights &weights) {
-#pragma unroll
-    for (int n = 0; n < C::kRowTiles; ++n) {
-      float factor[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float &base = this->max[n][e], &sum = this->sum[n][e];
-        float top = minus_infinity();
-#pragma unroll
-        for (int step = 0; step < C::kSteps; ++step) top = fmaxf(top, fmaxf(s[step][n][e], s[step][n][2 + e]));
-        top = fmaxf(base, top - kHeadroom);
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-        const float finite = top == minus_infinity() ? 0.0f : top;
-        factor[e] = exp2_fast(base - finite);
-        base = top;
-        sum *= factor[e];
-#pragma unroll
-        for (int step = 0; step < C::kSteps; ++step) {
-          float(&x)[4] = s[step][n];
-          x[e] = exp2_fast(x[e] - finite), x[2 + e] = exp2_fast(x[2 + e] - finite);
-          sum += x[e] + x[2 + e];
-        }
-      }
-#pragma unroll
-      for (int step = 0; step < C::kSteps; ++step) {
-        const float(&x)[4] = s[step][n];
-        weights[step][n][0] = transpose_matrix(pack<__half>(x[0], x[1]));
-        weights[step][n][1] = transpose_matrix(pack<__half>(x[2], x[3]));
-      }
-      if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
-#pragma unroll
-        for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] *= factor[e % 2];
-      }
     }
   }
 
@@ -120,7 +159,8 @@ struct QuantizedSums : Sums<C> {
   }
 
   // As Sums::add_edge.
-  __device__ void add_edge(const Args &p, const Block<C> &t, uint32_t at, int key, int end,
+  template <bool kInt8>
+  __device__ void add_edge(const Args &p, const Block<C> &t, Words<C> &values, int key, int end,
                            const uint32_t (&weights)[C::kRowTiles][2]) {
 #pragma unroll 1
     for (int i = 0; i < p.seqlen_q; ++i) {
@@ -132,7 +172,7 @@ struct QuantizedSums : Sums<C> {
         const int first = key + 8 * e + 2 * t.c;
         seen[e] = (sees(first) ? 0x0000ffffu : 0) | (sees(first + 1) ? 0xffff0000u : 0);
       }
-      each_value<C>(p, at, [&](int d, const uint32_t(&all)[4]) {
+      values.template each_value<kInt8>([&](int d, const uint32_t(&all)[4]) {
         uint32_t v[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[e] = all[e] & seen[e / 2];

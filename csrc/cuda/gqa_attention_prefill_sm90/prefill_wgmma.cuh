@@ -412,26 +412,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   // The same in all lanes, and known to be: descriptors stay in uniform registers.
   const int warpgroup = uniform(threadIdx.x / 128);
   const int warp = uniform(threadIdx.x / 32);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0) PrefillBarriers<Tile>{memory + Tile::kBarriersAt}.init();
+  if (warp == 1) touch(a);
+  if (threadIdx.x == 32 * (4 - kInspectors)) {
     prefetch_map(q);
     prefetch_map(k);
     prefetch_map(v);
-    PrefillBarriers<Tile>{memory + Tile::kBarriersAt}.init();
   }
+  __syncthreads();
   if (warpgroup == 0) {
     give_registers<Tile::kLoaderRegisters>();
-    if (warp == 1) {
+    if (warp == 0) {
+      load_tiles<Tile>(a, q, k, v, memory, work);
+    } else if (warp == 1) {
       find_tiles<Tile>(a, memory, work);
     } else {
-      meet<Tile>();
-      if (warp == 0) {
-        load_tiles<Tile>(a, q, k, v, memory, work);
-      } else {
-        inspect_values<T, Tile>(shared_memory, memory, work, warp - (4 - kInspectors));
-      }
+      inspect_values<T, Tile>(shared_memory, memory, work, warp - (4 - kInspectors));
     }
   } else {
-    meet<Tile>();
     take_registers<Tile::kRegisters>();
     attend_tiles<T, Tile>(a, shared_memory, memory, work, warpgroup - 1);
   }

@@ -84,12 +84,6 @@ __device__ __forceinline__ bool find_ragged(const PrefillArgs &a, int tile, Tile
   return true;
 }
 
-// All threads of the block, from wherever they are: by a barrier of its own, as __syncthreads() wants one place.
-template <typename Tile>
-__device__ __forceinline__ void meet() {
-  asm volatile("bar.sync 15, %0;" ::"n"(Tile::kThreads) : "memory");
-}
-
 // The next tile that has queries, or that there is none. By one warp: a lookup takes thousands of clocks.
 template <typename Tile>
 __device__ __forceinline__ void find_tile(const PrefillArgs &a, TileSearch &search, PrefillWork &work) {
@@ -118,7 +112,13 @@ __device__ __forceinline__ void find_tile(const PrefillArgs &a, TileSearch &sear
   }
 }
 
-// All tiles, ahead of all who need them; the first one while barriers are made.
+// Arguments that the first tile is found by, one of each line of the constant cache: they come meanwhile.
+__device__ __forceinline__ void touch(const PrefillArgs &a) {
+  asm volatile("" ::"l"(a.p.seqlen_q), "l"(a.p.seqlen_k), "r"(a.window_left), "r"(a.tiles), "r"(a.plain),
+               "r"(a.heads_of_last.by), "r"(a.q_heads.shift));
+}
+
+// All tiles, ahead of all who need them.
 template <typename Tile>
 __device__ __forceinline__ void find_tiles(const PrefillArgs &a, uint32_t memory, PrefillWork *shared_work) {
   const PrefillBarriers<Tile> barriers{memory + Tile::kBarriersAt};
@@ -129,10 +129,9 @@ __device__ __forceinline__ void find_tiles(const PrefillArgs &a, uint32_t memory
   for (RingCount<kWorkPlaces> at;; at.advance()) {
     // Not kept in registers, which are short.
     const auto place = [&]() -> PrefillWork & { return shared_work[afresh(at.stage())]; };
-    if (at.count > 0) mbarrier_wait(barriers.work_empty(afresh(at.stage())), at.parity() ^ 1);
+    mbarrier_wait(barriers.work_empty(afresh(at.stage())), at.parity() ^ 1);
     find_tile<Tile>(a, search, place());
     const bool done = place().task == PrefillTask::kDone;
-    if (at.count == 0) meet<Tile>();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(barriers.work_full(afresh(at.stage())));
     if (done) return;

@@ -56,15 +56,15 @@ __device__ __forceinline__ void store_side_by_side(T *row, int left, Vec<T> (&ve
 }
 
 // Leaves the sums of the block's groups in `sums`, up to two trees of them with zeros past the last, and says how many.
-// part: of the squares of a thread's vectors.
+// part: of the squares of a thread's vectors; `more` groups after them are left to the caller.
 template <int kHeld>
-__device__ __forceinline__ int share_groups(float (&part)[kHeld], float *sums) {
+__device__ __forceinline__ int share_groups(float (&part)[kHeld], float *sums, int more = 0) {
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     part[i] = group_sum(part[i], 32);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32 * kHeld + i] = part[i];
   }
-  const int held = kHeld * (blockDim.x / 32), groups = held > kTreeGroups ? 2 * kTreeGroups : kTreeGroups;
+  const int held = kHeld * (blockDim.x / 32) + more, groups = held > kTreeGroups ? 2 * kTreeGroups : kTreeGroups;
   if (static_cast<int>(threadIdx.x) < groups - held) sums[held + threadIdx.x] = 0;
   __syncthreads();
   return groups;

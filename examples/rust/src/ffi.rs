@@ -110,6 +110,7 @@ c_struct! {
         workspace: *mut c_void,
         workspace_size: i64,
         quantization: KvQuantization,
+        static_prefix: i32,
     }
 }
 

@@ -19,6 +19,7 @@ from gqa_kernels.hf.generation.state import State, batch_bucket, capacity_bucket
 from gqa_kernels.hf.generation.step import embed, forward, logits_of
 from gqa_kernels.hf.generation.watch import Watch
 from gqa_kernels.hf.generation.weights import read_weights
+from gqa_kernels.hf.generation.whole_step import whole_step
 from gqa_kernels.validation import validating
 
 #: Batch sizes whose buffers are kept; a further one takes the place of the one used longest ago.
@@ -77,8 +78,11 @@ class Stepper:
         embed(self.weights, ids, out=state.hidden[:rows, 0])
 
     def _step(self, kind: Kind) -> None:
-        normed = forward(self.weights, self.state, self.state.hidden, padded=kind.padded)
-        self.finish(kind, logits_of(self.weights, normed))
+        logits = whole_step(self.weights, self.state, padded=kind.padded)
+        if logits is None:
+            normed = forward(self.weights, self.state, self.state.hidden, padded=kind.padded)
+            logits = logits_of(self.weights, normed)
+        self.finish(kind, logits)
 
     def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph:
         self.drawing.reserve(kind.active or ())

@@ -1,0 +1,70 @@
+// The kernel that takes a token of each row through all layers: its limits, and where things lie in shared memory and
+// in the workspace.
+#pragma once
+
+#include <algorithm>
+
+#include "plan/plan.h"
+
+namespace gqa {
+
+constexpr int kStepWarps = 8, kStepCopyWarps = 4, kStepThreads = 32 * (kStepWarps + kStepCopyWarps);
+constexpr int kStepRows = 8, kStepGroup = 8, kStepLayers = 100, kStepHidden = 8192, kStepStages = 16;
+constexpr int kStepTileRows = 16;           // weight rows multiplied at a time
+constexpr int kStepKeys = 16 * kStepWarps;  // keys of a stage
+constexpr int kStepPart = 128;              // keys below which a row's are not divided further
+constexpr int kStepSums = 2 * kStepWarps * kStepTileRows * kStepRows * 4;  // bytes of the sums of two tiles of 8 rows
+constexpr int kStepOwned = 128;   // hidden dimensions that a block keeps, at most
+constexpr int kStepBiases = 512;  // biases that a block keeps, at most
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Rows in shared memory are an odd number of 16 bytes, so that ldmatrix meets no bank twice.
+constexpr int64_t step_pitch(int64_t columns) { return 2 * columns + 16; }
+
+// Shared memory: barriers and words; the residual stream and the biases of the block's outputs; a row of
+// the rotary tables; two buffers of sums; the new token's heads; inputs of a product; the ring.
+constexpr int kStepWordsAt = 16 * kStepStages, kStepResidualAt = kStepWordsAt + 256;
+constexpr int kStepBiasesAt = kStepResidualAt + 2 * kStepOwned * kStepRows;
+constexpr int kStepRotaryAt = kStepBiasesAt + 2 * kStepBiases, kStepSumsAt = kStepRotaryAt + 1024;
+constexpr int kStepHeadsAt = kStepSumsAt + 2 * kStepSums;
+
+struct DecoderStepPlan {
+  int64_t inputs_at, ring_at, stage_bytes, stages, shared_memory;
+  int64_t splits;  // most parts of a row's keys
+  // In the workspace: what blocks hand to each other, to be zeroed.
+  int64_t after_attention, after_layer, qkv, attention, activated, parts, workspace_size;
+};
+
+inline DecoderStepPlan plan_decoder_step(const gqa_decoder_step_params &p, const gqa_device &device) {
+  DecoderStepPlan plan{};
+  const int64_t dim = p.head_dim, q = p.num_q_heads * dim, kv = p.num_kv_heads * dim;
+  const int64_t group = p.num_q_heads / p.num_kv_heads, pairs = p.batch * p.num_kv_heads;
+  plan.splits = std::clamp<int64_t>(device.num_sms / pairs, 1, 32);  // a lane for each
+  const int64_t widest = std::max({p.hidden_size, p.intermediate, q});
+  const int64_t products = p.batch * step_pitch(widest) + 32,
+                joins = kStepWarps * group * (4 * (dim + 4) + 12) + 8 * group;
+  plan.inputs_at = kStepHeadsAt + round_up((kStepGroup + 2) * step_pitch(dim), 128);
+  plan.ring_at = plan.inputs_at + round_up(std::max(products, joins), 128);
+  plan.stage_bytes = std::max<int64_t>(kStepKeys * step_pitch(dim), 34816);
+  plan.stages = std::min<int64_t>(kStepStages, (device.max_shared_memory - plan.ring_at) / plan.stage_bytes);
+  plan.shared_memory = plan.ring_at + plan.stages * plan.stage_bytes;
+  int64_t at = 0;
+  const auto place = [&](int64_t bytes) {
+    const int64_t before = at;
+    at += round_up(bytes, 128);
+    return before;
+  };
+  plan.after_attention = place(4 * p.batch * p.hidden_size);
+  plan.after_layer = place(4 * p.batch * p.hidden_size);
+  plan.qkv = place(4 * p.batch * (q + 2 * kv));
+  plan.attention = place(4 * p.batch * q);
+  plan.activated = place(4 * p.batch * p.intermediate);
+  plan.parts = place(8 * pairs * plan.splits * group * (dim + 2));
+  plan.workspace_size = at;
+  return plan;
+}
+
+gqa_status check_params(const gqa_decoder_step_params *p);
+
+}  // namespace gqa
