@@ -1,5 +1,5 @@
 """``python -m benchmarks [decode|prefill|ops|sample|model ...] [--shapes TEXT] [--out DIR] [--device D] [--quick]
-[--commit SHA] [--compile [TEXT]]``"""
+[--seconds S] [--commit SHA] [--compile [TEXT]]``"""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", default="", metavar="TEXT", help="only cases whose op and shape contain TEXT")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=0.0, help="for each measurement; 0.1 on CUDA, 0.02 on a CPU")
     parser.add_argument("--quick", action="store_true", help="a few cases: on CUDA those with a promised floor")
     parser.add_argument("--commit", metavar="SHA", help="what to record as the commit, for a tree without git")
     compiled = "model: also transformers' compiled steps, of models whose name contains TEXT; a minute each"
@@ -74,7 +75,7 @@ def run_group(
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     torch.manual_seed(0)
-    settings = Settings(options.device, seconds=0.02 if options.device == "cpu" else 0.1)
+    settings = Settings(options.device, seconds=options.seconds or (0.02 if options.device == "cpu" else 0.1))
     about = circumstances(options.device, reader_name(settings), options.commit) | {"peers": peers.available()}
     suffix = "quick" if options.quick else "partial" if options.shapes else ""
     for group in options.groups:
