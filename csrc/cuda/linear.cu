@@ -1,5 +1,5 @@
 // linear for up to 16 tokens: out = residual + (x w^T + bias), of up to three matrices whose outputs lie side by side.
-// One launch of the kernel that streams weights (common/weight_stream.cu).
+// One launch of the kernel that streams weights (common/weight_stream_kernel.cuh).
 // Memory order: each weight once; before the kernel before has ended, where the caller promises static weights.
 // Limits: sm_90; in_features a multiple of 8, of e4m3 weights of 16; 16-byte aligned rows.
 // Determinism: as of that kernel, bitwise repeatable.

@@ -1,5 +1,5 @@
 // swiglu_ffn for up to 16 tokens: activation = swiglu(x w_gate^T, x w_up^T), then out = residual + activation w_down^T.
-// Two launches of the kernel that streams weights (common/weight_stream.cu), first gated, then plain.
+// Two launches of the kernel that streams weights (common/weight_stream_kernel.cuh), first gated, then plain.
 // Memory order: w_gate and w_up row by row in turn, then w_down, which is read before the first kernel ends.
 // Limits: sm_90; sizes multiples of 8, before e4m3 weights of 16; 16-byte aligned rows.
 // Determinism: as of that kernel, bitwise repeatable.

@@ -354,6 +354,8 @@ int main(void) {
   WITHOUT(swiglu_ffn, out);
   WITH(swiglu_ffn, hidden = 0, GQA_STATUS_INVALID_ARGUMENT);
   WITH(swiglu_ffn, tokens = -1, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(swiglu_ffn, w_gate_scale = values, GQA_STATUS_INVALID_ARGUMENT);
+  WITH(swiglu_ffn, w_up_scale = values, GQA_STATUS_INVALID_ARGUMENT);
 
   ACCEPTS_AND_REFUSES(rope);
   WITHOUT(rope, q);

@@ -7,23 +7,6 @@
 
 namespace gqa::cuda {
 
-struct E4m3 {
-  uint8_t bits;
-};
-
-// An instance of the kernel. Warps work in teams: of one warp, or of two with 16 of the 32 rows each.
-template <typename Input, typename Weight, bool kIsGated, int kMostTokens, int kNumStages>
-struct StreamConfig {
-  using T = Input;
-  using W = Weight;
-  static constexpr bool kGated = kIsGated, kE4m3 = sizeof(W) == 1;
-  static constexpr int kTokens = kMostTokens, kTokenTiles = kMostTokens > 8 ? 2 : 1, kStages = kNumStages;
-  static constexpr int kTeam = 32 * stream_team(kE4m3), kThreads = kStreamTeams * kTeam;
-  static constexpr int kChunk = kStreamRowBytes / static_cast<int>(sizeof(W));  // columns in a stage
-  static constexpr int kLines = kE4m3 ? 2 : 1;                                  // of 128 bytes, of a token in a stage
-  static constexpr int kGroup = kGated ? kStreamRows / 2 : kStreamRows;         // outputs at a time
-};
-
 constexpr int kPieces = kStreamRowBytes / 16;
 
 // Shared address of 16 bytes of a row in a stage. Neighbouring rows swap pieces, so that ldmatrix meets no bank twice.

@@ -1,10 +1,10 @@
-// out = x w^T (+ bias, + residual), or swiglu(x w_gate^T, x w_up^T), for up to 16 tokens, at the speed of reading the
-// weights, which are x's dtype or e4m3 with a scale for each output.
-// A block owns consecutive outputs, 32 weight rows at a time; its warps take chunks of 128 bytes of columns in turn,
-// each through a ring of its own in shared memory, multiply on tensor cores, and add up once a group. Memory order:
-// each weight once, rows side by side in chunks of columns; x again for every 32 rows, from L2, or once. Limits: sm_90;
-// columns in multiples of 16 bytes; 16-byte aligned rows. x is read after the kernel before has ended. Determinism:
-// sums in a fixed order, bitwise repeatable; no atomics; tokens do not see each other.
+// out = residual + (x w^T + bias), or swiglu(x w_gate^T, x w_up^T), for up to 16 tokens, at the speed of reading the
+// weights, which are of x's dtype, or of e4m3 with a scale for each output.
+// A block owns consecutive outputs, 32 weight rows at a time; its 8 teams of warps take chunks of columns in turn, each
+// through a ring of its own in shared memory, multiply on tensor cores, and add up once a group.
+// Memory order: each weight once, rows side by side in chunks of 128 bytes; x again for every 32 rows, from L2.
+// Limits: sm_90; rows of whole and aligned 16 bytes. x and residual are read after the kernel before has ended.
+// Determinism: sums in a fixed order, bitwise repeatable; no atomics; tokens do not see each other.
 #pragma once
 
 #include "cuda/common/programmatic_launch.cuh"
@@ -39,16 +39,16 @@ struct Outputs {
     scale[0] = scale[1] = 1.0f, bias = 0.0f;
     if (output < 0) return;
     if constexpr (C::kE4m3) {
-      scale[0] = __ldg(p.scale[0] + output);
-      if (kGated) scale[1] = __ldg(p.scale[1] + output);
+      scale[0] = __ldcg(p.scale[0] + output);
+      if (kGated) scale[1] = __ldcg(p.scale[1] + output);
     }
     if constexpr (!kGated) {
-      if (p.bias != nullptr) bias = to_float(static_cast<const T *>(p.bias)[output]);
+      if (p.bias != nullptr) bias = to_float(__ldcg(static_cast<const T *>(p.bias) + output));
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
         const int of = token + i * kStep;
         if (p.residual == nullptr || of >= p.tokens) continue;
-        residual[i] = static_cast<const T *>(p.residual)[of * p.residual_stride + output];
+        residual[i] = __ldcg(static_cast<const T *>(p.residual) + of * p.residual_stride + output);
       }
     }
   }
