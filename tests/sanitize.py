@@ -32,6 +32,9 @@ LEFT_OUT = {
         "combine_splits": "reads, beside the sums of a split without keys, its row that nobody wrote, and drops it",
         "swiglu_rows": "of swiglu_ffn reads what torch's products wrote, which the tool does not watch",
     },
+    "synccheck": {
+        "decoder_step": "has more mbarriers than the tool follows, ten in each of 132 blocks; the launch then fails",
+    },
     "racecheck": {
         "decode_ring": "thread 0 initialises an mbarrier and arrives; the tool takes the first for 32 lanes'",
         "sample_greedy": "the same",

@@ -23,7 +23,7 @@ def sanitize(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     if sanitizer is None:
         pytest.skip("no compute-sanitizer")
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=gqa"]
-    if tool == "initcheck":
+    if tool in ("initcheck", "synccheck"):
         command += [f"--kernel-name-exclude=kns={kernel}" for kernel in LEFT_OUT[tool]]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths}

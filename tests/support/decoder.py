@@ -33,12 +33,14 @@ def make_step(
     norms: bool = False,
     windows: Sequence[int] | None = None,
     index: torch.dtype = torch.int32,
+    drawn_on: str = "cpu",
 ) -> Arguments:
     """Arguments of a random step. ``rotary``: rotated dimensions, all of them where None, 0 for no rotation. Whatever
-    no token may see of the caches is NaN."""
+    no token may see of the caches is NaN. ``drawn_on``: the same numbers for every device, or the device itself, where
+    they are many."""
 
     def make(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape) * scale).to(device, dtype)
+        return (torch.randn(shape, device=drawn_on) * scale).to(device, dtype)
 
     def each(*shape: int, scale: float = 1.0) -> list[Tensor]:
         return [make(*shape, scale=scale) for _ in range(layers)]
