@@ -25,7 +25,7 @@ constexpr int kSampleClusterFew = 512, kSampleClusterMany = 896;
 
 // Where logits are adjusted as they are read: fewer threads, with registers for what is read beside them; and the most
 // adjusted logits that a block holds apart.
-constexpr int kSampleClusterAdjusted = 672;
+constexpr int kSampleClusterAdjusted = 608;
 constexpr int kSampleExtras = 4096;
 
 // Vectors of 16 bytes in one of the 32 stretches that each of `blocks` cuts its part of a row into; and the dynamic

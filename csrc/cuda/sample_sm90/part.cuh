@@ -150,7 +150,7 @@ class Part {
   // f(z, v, i, stretch) over a worker's share of what is held apart.
   template <typename F>
   __device__ __forceinline__ void for_each_extra(F &&f) const {
-    extras.for_each(threadIdx.x, kThreads, 0, kAll, [&](float z, uint32_t at) {
+    extras.for_each(threadIdx.x, kThreads, 0, vectors * kSize, [&](float z, uint32_t at) {
       const int v = at / kSize;
       f(z, v, static_cast<int>(at % kSize), __umulhi(v, inverse_));
     });
