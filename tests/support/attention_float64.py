@@ -32,7 +32,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     half = cos.shape[-1]
     turned, kept = x[..., : 2 * half], x[..., 2 * half :]
     pairs = turned.unflatten(-1, (half, 2)) if interleaved else turned.unflatten(-1, (2, half)).transpose(-1, -2)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin)[:, None])
+    turned = torch.view_as_real(torch.complex(pairs[..., 0], pairs[..., 1]) * torch.complex(cos, sin)[:, None])
     turned = turned if interleaved else turned.transpose(-1, -2)
     return torch.cat([turned.flatten(-2), kept], -1)
 
