@@ -138,6 +138,8 @@ def test_p1_residual(guard: Guard, dtype: torch.dtype, scaled: bool) -> None:
         assert same_bytes(out, wide[:, :139] + linear(x, *weights, bias=bias, weight_scale=scale))
         kernel = kernel_for(guard.device, dtype, tokens)
         assert names[0] == kernel and len(names) == (1 if kernel == "linear_stream" else 2)
+        plan = explain("linear", x, *weights, bias=bias, weight_scale=scale, residual=wide[:, :139])
+        assert plan.kernel == " + ".join(names)
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -102,7 +102,7 @@ Tensor linear(const Tensor &x, const Tensor &w1, const std::optional<Tensor> &w2
   }
   if (x.numel() == 0 || p.out_features[0] == 0) {
     const Tensor out = by_products(x, weights, bias, weight_scale, p.out_stride);
-    return residual.has_value() && !explaining() ? residual_add(out, *residual) : out;
+    return residual.has_value() ? residual_add(out, *residual) : out;
   }
   Rows rows, added;
   const bool strided = collapse(x, &rows) && rows.count[0] == 1;
@@ -129,7 +129,7 @@ Tensor linear(const Tensor &x, const Tensor &w1, const std::optional<Tensor> &w2
   }
   say_torch(x, reason);
   const Tensor out = by_products(x, weights, bias, weight_scale, p.out_stride);
-  return residual.has_value() && !explaining() ? residual_add(out, *residual) : out;
+  return residual.has_value() ? residual_add(out, *residual) : out;
 }
 
 }  // namespace

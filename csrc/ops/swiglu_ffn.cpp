@@ -92,7 +92,7 @@ Tensor by_products(const Call &call, int64_t intermediate, const char *reason) {
   const Tensor activation = swiglu(product(call.x, call.w_gate, std::nullopt, gate_scale), up);
   explain_why(reason);
   const Tensor out = product(activation, call.w_down, std::nullopt, call.down_scale);
-  return call.residual.has_value() && !explaining() ? residual_add(out, *call.residual) : out;
+  return call.residual.has_value() ? residual_add(out, *call.residual) : out;
 }
 
 Tensor swiglu_ffn(const Tensor &x, const Tensor &w_gate, const std::optional<Tensor> &w_up, const Tensor &w_down,

@@ -234,7 +234,7 @@ def _ffn(rng: random.Random) -> Call:
     hidden, intermediate, out = rng.choice([(64, 176, 64), (8, 8, 8), (264, 520, 40), (33, 50, 17)])
     gate, up = make(intermediate, hidden) / 8, make(intermediate, hidden) / 8
     weights = (torch.cat([gate, up]),) if rng.random() < 0.5 else (gate, up)
-    options: dict[str, Any] = {"residual": make(tokens, out)} if rng.random() < 0.3 else {}
+    options: dict[str, Any] = {}
     if rng.random() < 0.3:
         weights = tuple(weight.to(torch.float8_e4m3fn) for weight in weights)
         options["gate_up_scale"] = make(2 * intermediate, dtype=torch.float32)
@@ -248,8 +248,6 @@ def _linear(rng: random.Random) -> Call:
     options: dict[str, Any] = {"bias": make(sum(outs))} if rng.random() < 0.5 else {}
     if rng.random() < 0.5:
         options["static_weights"] = True
-    if rng.random() < 0.3:
-        options["residual"] = make(tokens, sum(outs))
     weights = [make(out, inside) / 8 for out in outs]
     if rng.random() < 0.3:
         weights = [weight.to(torch.float8_e4m3fn) for weight in weights]
