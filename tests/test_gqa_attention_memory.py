@@ -264,8 +264,15 @@ def check_bad_offsets(guard: Guard, dtype: torch.dtype, unit: int) -> None:
     for start in (1, -1, INT_MIN):
         check(run(good, [start, 6, 15, 20]), slice(0, 6), f"keys from {start}")
         check(run([start, 6, 15, 20], good), slice(0, 6), f"queries from {start}")
-    check(run(good, good, max_seqlen_q=8, max_seqlen_k=9), slice(6, 15), "longer than max_seqlen_q")
-    check(run(good, good, max_seqlen_q=9, max_seqlen_k=8), slice(6, 15), "longer than max_seqlen_k")
+    # What is longest decides over splits, so over bytes: a sound call with the same limits for either neighbour.
+    for name, other, which in (("max_seqlen_q", "max_seqlen_k", 0), ("max_seqlen_k", "max_seqlen_q", 1)):
+        limits = {name: 8, other: 9}
+        found = run(good, good, **limits)
+        for shorter, rows in (([0, 6, 14, 20], slice(0, 6 * unit)), ([0, 7, 15, 20], slice(15 * unit, None))):
+            sound = run(good, shorter, **limits) if which else run(shorter, good, **limits)
+            assert same_bytes(found[0][rows], sound[0][rows]) and same_bytes(found[1][:, rows], sound[1][:, rows]), name
+        long = slice(6 * unit, 15 * unit)
+        assert bool(found[0][long].isnan().all()) and bool(found[1][:, long].isnan().all()), name
     # Unsound in the middle: every row has one owner, and the rows in doubt are NaN.
     for offsets, bad in ([0, 6, 3, 20], slice(6, 20)), ([0, 21, 15, 20], slice(0, 15)), ([0, -1, 15, 20], slice(0, 15)):
         check(run(offsets, good), bad, f"queries {offsets}")
