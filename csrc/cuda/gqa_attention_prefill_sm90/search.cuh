@@ -21,9 +21,11 @@ __device__ __forceinline__ bool find_dense(const PrefillArgs &a, int tile, Prefi
   const Divisor &heads = section == a.last_section ? a.heads_of_last : a.heads_of_section;
   const int height = heads.divide(within), head = section * a.section + within - height * static_cast<int>(heads.by);
   const int batch = a.q_heads.divide(head);
-  work.batch = batch;
-  work.head = head - batch * static_cast<int>(a.q_heads.by);
-  work.row0 = ((a.last_section - section) % 2 == 0 ? a.row_tiles - 1 - height : height) * Tile::kRows;
+  if (threadIdx.x % 32 == 0) {
+    work.batch = batch;
+    work.head = head - batch * static_cast<int>(a.q_heads.by);
+    work.row0 = ((a.last_section - section) % 2 == 0 ? a.row_tiles - 1 - height : height) * Tile::kRows;
+  }
   return true;
 }
 
@@ -71,16 +73,19 @@ __device__ __forceinline__ bool find_ragged(const PrefillArgs &a, int tile, Tile
 #pragma unroll 1
     for (int b = 0; b < all; b += 32) sequences += __popc(have(b));
   }
+  __syncwarp();  // all lanes have read them
   search.height = height, search.before = before, search.sequences = sequences;
   int rank = (tile - before) / heads, first = 0;
-  work.head = tile - before - rank * heads;
-  work.row0 = height * Tile::kRows;
+  if (threadIdx.x % 32 == 0) {
+    work.head = tile - before - rank * heads;
+    work.row0 = height * Tile::kRows;
+  }
   uint32_t those = have(0);
 #pragma unroll 1
   for (; rank >= __popc(those); those = have(first)) rank -= __popc(those), first += 32;
 #pragma unroll 1
   for (; rank > 0; --rank) those &= those - 1;
-  work.batch = first + __ffs(those) - 1;
+  if (threadIdx.x % 32 == 0) work.batch = first + __ffs(those) - 1;
   return true;
 }
 
