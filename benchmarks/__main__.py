@@ -55,8 +55,11 @@ def run_group(
     verdicts: list[str] = []
     if group == "model":
         models = [m for m in model.wanted(settings, options.quick) if options.shapes in m.name]
-        for wanted in tqdm(models, desc=group, disable=None):
-            rows += model.measure(wanted, settings, options.compile is not None and options.compile in wanted.name)
+        try:
+            for wanted in tqdm(models, desc=group, disable=None):
+                rows += model.measure(wanted, settings, options.compile is not None and options.compile in wanted.name)
+        except KeyboardInterrupt:  # a long run, of which the models before are worth keeping
+            print(f"interrupted after {len(rows)} rows")
         return rows, skipped, verdicts
     cases = [case for case in CASES[group](settings, options.quick) if options.shapes in case.name]
     progress = tqdm(cases, desc=group, disable=None)

@@ -87,7 +87,7 @@ struct Output {
         head_stride(p.out_stride[2]),
         lse(p.lse),
         sinks(p.sinks),
-        v_scale(C::kBytes == 1 ? scale_of(p.v_scale, p.v_scale_stride, t.first_head) * unit_of(p) : 1.0f) {
+        v_scale(C::kBytes == 1 ? scale_of(p.v_scale, p.v_scale_stride, t.first_head) : 1.0f) {
     have_ready(out), have_ready(head_stride), have_ready(lse), have_ready(sinks);
   }
 };
@@ -110,7 +110,7 @@ __device__ void write_lane(const Args &p, const Block<C> &t, const Output &outpu
   }
   float scale = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
   if constexpr (C::kBytes == 1) {
-    scale *= team == 0 ? output.v_scale : scale_of(p.v_scale, p.v_scale_stride, t.first_head + team) * unit_of(p);
+    scale *= team == 0 ? output.v_scale : scale_of(p.v_scale, p.v_scale_stride, t.first_head + team);
   }
   if (!valid) scale = sum = __int_as_float(0x7fc00000);
   char *row_at = output.out + in_block * output.head_stride;

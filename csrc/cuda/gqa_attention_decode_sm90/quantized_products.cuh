@@ -14,7 +14,7 @@ __device__ __forceinline__ void score_keys(const Queries<C> &queries, Words<C> (
 #pragma unroll
     for (int n = 0; n < C::kRowTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) scores->x[step][n][e] = kInt8 ? -queries.bias[n][e % 2] : 0.0f;
+      for (int e = 0; e < 4; ++e) scores->x[step][n][e] = 0;
     }
     keys[step].template each_key<kInt8>([&](int d, const uint32_t(&k)[4]) {
 #pragma unroll

@@ -17,14 +17,6 @@ struct QuantizedSums : Sums<C> {
   using typename Sums<C>::Weights;
   using Values = Words<C>[C::kSteps];
 
-  float bias[C::kRowTiles][4];  // int8: of every dimension of o, what the 128 in the values add to it
-
-  __device__ void clear() {
-    Sums<C>::clear();
-#pragma unroll
-    for (int e = 0; e < 4 * C::kRowTiles; ++e) bias[e / 4][e % 4] = 0;
-  }
-
   // Scores of the tile's keys, and its values, out of shared memory: the stage is free after, if C::kHolds.
   __device__ __forceinline__ static void read(const Args &p, const Block<C> &t, const Queries<C> &queries,
                                               uint32_t tile, Scores<C> *scores, Values &values) {
@@ -72,15 +64,6 @@ struct QuantizedSums : Sums<C> {
     }
   }
 
-  __device__ void store(const Args &p, const Block<C> &t, char *warp_shared) {
-#pragma unroll
-    for (int n = 0; n < C::kRowTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] -= bias[n][e % 4];
-    }
-    Sums<C>::store(p, t, warp_shared);
-  }
-
  private:
   // Scores of a row tile become weights; sums so far are scaled to the new bases.
   __device__ void weigh_rows(int n, Scores<C> *scores, Weights &weights) {
@@ -116,8 +99,6 @@ struct QuantizedSums : Sums<C> {
     if (__any_sync(~0u, factor[0] != 1.0f || factor[1] != 1.0f)) {
 #pragma unroll
       for (int e = 0; e < C::kDim / 4; ++e) this->o[n][e / 4][e % 4] *= factor[e % 2];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) bias[n][e] *= factor[e % 2];
     }
   }
 
@@ -126,13 +107,6 @@ struct QuantizedSums : Sums<C> {
                                              bool mixed, const Weights &weights) {
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
-      if constexpr (kInt8) {
-        constexpr uint32_t kBias[4] = {kInt8Bias, kInt8Bias, kInt8Bias, kInt8Bias};
-#pragma unroll
-        for (int n = 0; n < C::kRowTiles; ++n) {
-          multiply_add<__half>(bias[n], kBias, weights[step][n][0], weights[step][n][1]);
-        }
-      }
       if (mixed) {
         add_edge<kInt8>(p, t, values[step], key + 16 * step, end, weights[step]);
         continue;

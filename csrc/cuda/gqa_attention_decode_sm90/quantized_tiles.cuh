@@ -1,8 +1,7 @@
 // What a warp reads of an 8-bit tile: what is stored, e4m3 or int8, as operands of float16, which holds it exactly.
 // A lane's four bytes of a key are two operands, so that dimensions 16 d + 4 c ... + 3 of it meet those of the query; a
 // lane's four bytes of two values are the operands of dimensions 16 d + 2 r and 16 d + 2 r + 1.
-// An int8 x becomes (x + 128) 2^-24: the byte, its sign turned over, is the fraction of a subnormal number. Products
-// with kBias, which stands for 128, take the 128 away again: once for a query, once for the weights of 16 keys.
+// An int8 x becomes 1152 + x: the byte, its sign turned over, is the end of the fraction of 1024; less 1152 it is x.
 #pragma once
 
 #include "cuda/common/mma.cuh"
@@ -10,19 +9,20 @@
 
 namespace gqa::cuda::decode_sm90 {
 
-constexpr float kInt8Unit = 0x1p24f;
-constexpr uint32_t kInt8Bias = 0x00800080u;
-
 __device__ __forceinline__ bool is_int8(const Args &p) { return p.cache_dtype == GQA_DTYPE_INT8; }
-// What a product of widened numbers has to be multiplied by.
-__device__ __forceinline__ float unit_of(const Args &p) { return is_int8(p) ? kInt8Unit : 1.0f; }
+
+__device__ __forceinline__ uint32_t less_1152(uint32_t pair) {
+  uint32_t result;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x64806480u));
+  return result;
+}
 
 // Two stored numbers to float16: of bytes 0 and 1 of the word, then of bytes 2 and 3.
 template <bool kInt8>
 __device__ __forceinline__ uint2 widen_key(uint32_t word) {
   if constexpr (kInt8) {
     word ^= 0x80808080u;
-    return {__byte_perm(word, 0, 0x4140), __byte_perm(word, 0, 0x4342)};
+    return {less_1152(__byte_perm(word, 0x64646464u, 0x4140)), less_1152(__byte_perm(word, 0x64646464u, 0x4342))};
   }
   uint2 pairs;
   asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\n"
@@ -35,7 +35,10 @@ __device__ __forceinline__ uint2 widen_key(uint32_t word) {
 // Of bytes 0 and 2, then of bytes 1 and 3.
 template <bool kInt8>
 __device__ __forceinline__ uint2 widen_value(uint32_t word) {
-  if constexpr (kInt8) return {(word & 0x00ff00ffu) ^ kInt8Bias, __byte_perm(word, 0, 0x4341) ^ kInt8Bias};
+  if constexpr (kInt8) {
+    return {less_1152((word & 0x00ff00ffu) ^ 0x64806480u),
+            less_1152(__byte_perm(word, 0x64646464u, 0x4341) ^ 0x00800080u)};
+  }
   return widen_key<false>(__byte_perm(word, 0, 0x3120));
 }
 

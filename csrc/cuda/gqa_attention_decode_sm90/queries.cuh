@@ -14,7 +14,6 @@ template <typename C>
 struct Queries {
   uint32_t x[C::kRowTiles][C::kDim / 16][2];
   float scale[C::kRowTiles][2];  // quantised cache: of the scores of rows 8 n + 2 c and the next
-  float bias[C::kRowTiles][2];   // int8: what the 128 in the keys add to those scores
 
   __device__ static int pair_at(int e, int c) {
     return C::kBytes == 1 ? 16 * (e / 2) + 4 * c + 2 * (e % 2) : 8 * e + 2 * c;
@@ -49,18 +48,13 @@ struct Queries {
 
   // To float16, each row by a power of two that brings its largest finite number to 2^14 or more.
   __device__ void suit_quantized(const Args &p, const Block<C> &t) {
-    const float k_scale = scale_of(p.k_scale, p.k_scale_stride, t.head) * p.scale * unit_of(p);
+    const float k_scale = scale_of(p.k_scale, p.k_scale_stride, t.head) * p.scale;
 #pragma unroll
     for (int n = 0; n < C::kRowTiles; ++n) {
       float back = 1;
       if constexpr (!std::is_same_v<typename C::T, __half>) back = to_half(x[n]);
 #pragma unroll
       for (int e = 0; e < 2; ++e) scale[n][e] = k_scale * __shfl_sync(~0u, back, 4 * (2 * t.c + e));
-      constexpr uint32_t kBias[4] = {kInt8Bias, kInt8Bias, kInt8Bias, kInt8Bias};
-      float sum[4] = {};
-#pragma unroll
-      for (int d = 0; d < C::kDim / 16; ++d) multiply_add<__half>(sum, kBias, x[n][d][0], x[n][d][1]);
-      bias[n][0] = sum[0], bias[n][1] = sum[1];
     }
   }
 
