@@ -45,7 +45,8 @@ PROMISES = {
     ),
     10: ("masked keys and values never matter, whatever they hold", (ATTENTION + "memory",)),
     11: (
-        "layout does not matter: sliced, transposed, expanded and misaligned views give the same bytes, or are refused",
+        "layout does not matter: sliced, transposed, expanded and misaligned views give the same bytes, or are "
+        "refused; a cache that only another kernel takes, misaligned or in odd pages, gives the same within P1",
         (ATTENTION + "layout", "rope", "swiglu"),
     ),
     12: ("where the pages of a cache lie does not matter", (ATTENTION + "cache",)),
