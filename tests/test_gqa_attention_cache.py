@@ -12,6 +12,7 @@ from support.attention import Case, Result, make_case, make_rotary
 from support.attention_layout import Cache, build_cache, lengths_to_offsets, run_cached, run_prefill
 from support.attention_options import OPTION_PAIRS, name_of, option_case
 from support.bounds import DTYPES
+from support.contract import assert_same
 from support.guard import Guard, same_bytes
 from support.kernels import hopper
 
@@ -20,11 +21,6 @@ from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
 pytestmark = pytest.mark.parametrize("device", ["cpu", "cuda", "cuda portable"], indirect=True)
 
 PAGE_SIZES = [1, 16, 64, 256]
-
-
-def assert_same(actual: Result, expected: Result, what: str = "") -> None:
-    for part, other in zip(actual, expected):
-        assert same_bytes(part, other), what
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -37,6 +37,19 @@ def random_lengths(source: random.Random, layout: str, op: str) -> list[Length]:
     return lengths
 
 
+def random_options(source: random.Random, op: str, q_heads: int, left: list[int], right: list[int]) -> dict[str, Any]:
+    values: dict[str, Any] = {"causal": op == "decode" or source.random() < 0.7}
+    if source.random() < 0.3:
+        values["window"] = (source.choice(left), source.choice(right))
+    if source.random() < 0.2:
+        values["softcap"] = source.choice([0.5, 30.0])
+    if source.random() < 0.2:
+        values["scale"] = source.choice([-0.1, 0.0, 1.0])
+    if source.random() < 0.3:
+        values["sinks"] = torch.randn(q_heads)
+    return values
+
+
 def hopper_case(source: random.Random, op: str) -> Case:
     """What the kernels for Hopper serve: many rows, or few over keys that blocks share."""
     group = source.choice([1, 2, 3, 4, 7, 8])
@@ -57,15 +70,7 @@ def hopper_case(source: random.Random, op: str) -> Case:
             cached = source.choice([0, source.randint(0, 300)]) if op.startswith("cache") else 0
             lengths.append((queries, cached, queries if appends else 0))
     case = make_case(lengths, dtype=source.choice(DTYPES[1:]), heads=heads, head_dim=head_dim)
-    values: dict[str, Any] = {"causal": op == "decode" or source.random() < 0.7}
-    if source.random() < 0.3:
-        values["window"] = (source.choice([-1, 0, 5, 100, 500]), source.choice([-1, 0, 70]))
-    if source.random() < 0.2:
-        values["softcap"] = source.choice([0.5, 30.0])
-    if source.random() < 0.2:
-        values["scale"] = source.choice([-0.1, 0.0, 1.0])
-    if source.random() < 0.3:
-        values["sinks"] = torch.randn(heads[0])
+    values = random_options(source, op, heads[0], [-1, 0, 5, 100, 500], [-1, 0, 70])
     if source.random() < 0.3 and not op.startswith("plain"):
         values["leftpad"] = [source.randint(0, cached + new + 2) for _, cached, new in lengths]
     if source.random() < 0.5 and op == "decode":
@@ -77,15 +82,7 @@ def random_case(source: random.Random, layout: str, op: str) -> Case:
     lengths = random_lengths(source, layout, op)
     heads, head_dim = source.choice(HEADS), 8 * source.choice([1, 2, 4, 5, 8, 8, 9, 12, 16, 16, 20, 32])
     case = make_case(lengths, dtype=source.choice(DTYPES), heads=heads, head_dim=head_dim)
-    values: dict[str, Any] = {"causal": op == "decode" or source.random() < 0.7}
-    if source.random() < 0.3:
-        values["window"] = (source.choice([-1, 0, 5, 64, 100]), source.choice([-1, 0, 3]))
-    if source.random() < 0.2:
-        values["softcap"] = source.choice([0.5, 30.0])
-    if source.random() < 0.2:
-        values["scale"] = source.choice([-0.1, 0.0, 1.0])
-    if source.random() < 0.3:
-        values["sinks"] = torch.randn(heads[0])
+    values = random_options(source, op, heads[0], [-1, 0, 5, 64, 100], [-1, 0, 3])
     if source.random() < 0.3:
         values["leftpad"] = [source.randint(0, cached + new + 2) for _, cached, new in lengths]
     same_tokens = all(new in (0, queries) for queries, _, new in lengths)

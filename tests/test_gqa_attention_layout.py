@@ -6,9 +6,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from support.attention import Case, Result, make_case, make_rotary
+from support.attention import Case, make_case, make_rotary
 from support.attention_layout import build_cache, lengths_to_offsets, packed, run_cached, run_prefill
 from support.bounds import DTYPES
+from support.contract import assert_same
 from support.guard import Guard, same_bytes
 from support.kernels import hopper
 from torch import Tensor
@@ -36,11 +37,6 @@ def views(x: Tensor, guard: Guard) -> dict[str, Tensor]:
         "longer": longer[:-1],
         "last dimension strided": x.transpose(-1, -2).contiguous().transpose(-1, -2),
     }
-
-
-def assert_same(actual: Result, expected: Result, what: str) -> None:
-    for part, other in zip(actual, expected):
-        assert same_bytes(part, other), what
 
 
 @every_dtype

@@ -13,6 +13,7 @@ import torch
 from support.attention import Case, Result, make_case, make_rotary, visible
 from support.attention_layout import INT_MAX, INT_MIN, Cache, build_cache, run_cached, run_prefill
 from support.bounds import DTYPES
+from support.contract import assert_same
 from support.guard import Guard, same_bytes
 from support.kernels import hopper
 from torch import Tensor
@@ -24,11 +25,6 @@ pytestmark = pytest.mark.parametrize("device", ["cpu", "cuda", "cuda portable"],
 
 POISONS = [math.nan, math.inf, -math.inf]
 CACHED = {"decode": True, "prefill": False}
-
-
-def assert_same(actual: Result, expected: Result, what: str = "") -> None:
-    for part, other in zip(actual, expected):
-        assert same_bytes(part, other), what
 
 
 def by_sequence(result: Result, batch: int) -> list[Result]:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention import Length, Result, make_case
+from support.attention import Length, make_case
 from support.attention_layout import build_cache, run_cached, run_prefill
 from support.attention_options import name_of, option_case
-from support.guard import Guard, same_bytes
+from support.contract import assert_same
+from support.guard import Guard
 from support.kernels import batch_for, clusters, has_hopper_kernels, hopper
 from support.pairs import pairwise
 from support.quantized import FORMATS, Quantized, place_cache, run_quantized
@@ -36,11 +37,6 @@ every_width = pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def has_wider_tiles(combination: dict[str, Any], head_dim: int) -> bool:
     """Where every query sees every key of a contiguous cache, a tile has 160 of them, and of pages 128."""
     return head_dim == 128 and not combination["causal"] and combination["window"] == (-1, -1)
-
-
-def assert_same(actual: Result, expected: Result, what: str) -> None:
-    for part, other in zip(actual, expected):
-        assert same_bytes(part, other), what
 
 
 @every_width

@@ -1,15 +1,10 @@
 // Softmax and sums of one warp over 16 keys of each stage.
 #pragma once
 
+#include "cuda/common/transpose.cuh"
 #include "cuda/decoder_step_sm90/queries.cuh"
 
 namespace gqa::cuda::decoder_step {
-
-__device__ __forceinline__ uint32_t transpose(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
 
 // Softmax and sums of one warp over 16 keys of each stage, S^T = K Q^T and O^T = V^T P^T: of query rows 2 c and
 // 2 c + 1, dimensions 16 d + r and 16 d + 8 + r.
@@ -54,8 +49,8 @@ struct WarpSums {
     }
 #pragma unroll
     for (int e = 0; e < kDim / 4; ++e) o[e / 4][e % 4] *= factor[e % 2];
-    weights[0] = transpose(pack<T>(s[0][0], s[0][1]));
-    weights[1] = transpose(pack<T>(s[0][2], s[0][3]));
+    weights[0] = transpose_matrix(pack<T>(s[0][0], s[0][1]));
+    weights[1] = transpose_matrix(pack<T>(s[0][2], s[0][3]));
   }
 
   __device__ void add(const Block &t, uint32_t rows, const uint32_t (&weights)[2]) {

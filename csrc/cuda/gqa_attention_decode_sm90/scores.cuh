@@ -1,15 +1,10 @@
 // Softmax and sums of one warp of the Hopper decode kernels: S^T = K Q^T and O^T = V^T P^T, 16 keys at a time.
 #pragma once
 
+#include "cuda/common/transpose.cuh"
 #include "cuda/gqa_attention_decode_sm90/tiles.cuh"
 
 namespace gqa::cuda::decode_sm90 {
-
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
 
 template <typename C>
 struct Sums {
