@@ -73,7 +73,9 @@ def _attention(
     window = (layer.window - 1, -1) if windowed and layer.window is not None else (-1, -1)
     options: dict[str, Any] = {**common, **rotary, "softmax_scale": layer.scale, "window_size": window}
     if tokens <= MAX_DECODE_QUERIES:
-        out: Any = gqa_kernels.gqa_attention_decode(q, keys, values, k, v, **options)
+        # Lengths and rows that an earlier step or chunk wrote are followed by an embedding, and torch launches that the
+        # ordinary way: after the end of all kernels before it, whatever the model. So static_prefix holds.
+        out: Any = gqa_kernels.gqa_attention_decode(q, keys, values, k, v, **options, static_prefix=True)
     else:
         out = gqa_kernels.gqa_attention_prefill(q, k, v, keys, values, **options)
     return _linear(out.view(rows, tokens, -1), layer.o)
