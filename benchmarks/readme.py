@@ -1,4 +1,5 @@
-"""``python -m benchmarks.readme`` writes the README's tables and picture and a notebook from the last run's results.
+"""``python -m benchmarks.readme`` writes tables of the README and of docs/generation.md, the README's picture and a
+notebook from the last run's results.
 
 No number is typed by hand.
 """
@@ -11,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import picture
+from benchmarks import generation, picture
+from benchmarks.model import COMPILED, EAGER, HF_GENERATE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, GENERATION = ROOT / "README.md", ROOT / "docs" / "generation.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.readme -->\n", "<!-- end of numbers -->\n"
 OURS = "gqa_kernels"
 TITLES = {
@@ -44,13 +46,14 @@ def is_peer(row: dict[str, Any], mine: dict[str, Any]) -> bool:
 
 
 def model_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| | hf.generate tokens/s | patched | best of transformers |", "|---|---|---|---|"]
+    """Tokens a second of each way to generate."""
+    ways = [way for way in (HF_GENERATE, OURS, COMPILED, EAGER) if any(row["impl"] == way for row in rows)]
+    names = {HF_GENERATE: "hf.generate", OURS: "patched", COMPILED: "transformers, compiled", EAGER: "transformers"}
+    lines = [f"| tokens/s | {' | '.join(names[way] for way in ways)} |", "|---" * (len(ways) + 1) + "|"]
     for mine in rows:
         if mine["impl"] == OURS:
-            peer = next(row for row in rows if is_peer(row, mine))
-            same = (row for row in rows if (row["op"], row["shape"]) == (mine["op"], mine["shape"]))
-            whole = next((f"{row['tokens_per_s']:.4g}" for row in same if row["impl"] == f"{OURS} hf.generate"), "")
-            speeds = f"{whole} | {mine['tokens_per_s']:.4g} | {peer['tokens_per_s']:.4g}"
+            same = {row["impl"]: row for row in rows if (row["op"], row["shape"]) == (mine["op"], mine["shape"])}
+            speeds = " | ".join(f"{same[way]['tokens_per_s']:.4g}" if way in same else "" for way in ways)
             lines.append(f"| {mine['op']}, {mine['shape']} | {speeds} |")
     return lines
 
@@ -83,7 +86,13 @@ def replaced(text: str) -> str:
     return before + render() + rest.partition(END)[2]
 
 
+def replaced_in_generation(text: str) -> str:
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + generation.render(json.loads(path_of("model").read_text())) + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
     README.write_text(replaced(README.read_text()))
+    GENERATION.write_text(replaced_in_generation(GENERATION.read_text()))
     picture.PICTURE.write_text(picture.render())
     subprocess.run([sys.executable, ROOT / "examples/notebooks/execute.py", "04_benchmarks.ipynb"], check=True)

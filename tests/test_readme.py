@@ -15,6 +15,9 @@ def test_numbers_come_from_the_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert readme.BEGIN in text and readme.END in text
     assert readme.replaced(text) == text
+    text = readme.GENERATION.read_text()
+    assert readme.BEGIN in text and readme.END in text
+    assert readme.replaced_in_generation(text) == text
 
 
 def test_every_op_is_listed() -> None:
