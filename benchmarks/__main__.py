@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import decode, model, ops, peers, prefill, sample
+from benchmarks import decode, ops, peers, prefill, sample
 from benchmarks.case import Case, measure
 from benchmarks.limits import reader_name
 from benchmarks.report import Row, aims_table, circumstances, file_stem, ratios_table, table, write_json, write_plot
@@ -56,6 +56,8 @@ def run_group(
     skipped: dict[str, dict[str, str]] = {}
     verdicts: list[str] = []
     if group == "model":
+        from benchmarks import model  # transformers take seconds to import
+
         models = [m for m in model.wanted(settings, options.quick) if options.shapes in m.name]
         try:
             for wanted in tqdm(models, desc=group, disable=None):

@@ -40,11 +40,35 @@ def _verdict(us: float, most: float | None) -> str:
     return "" if most is None else "met" if us <= most else f"+{us - most:.2f}"
 
 
+def _ratio(row: dict[str, Any] | None, base: float | None, most: float | None = None) -> str:
+    """Bold where it is more than it should be."""
+    if row is None or base is None:
+        return ""
+    us, bound = _us(row), most if most is not None else row.get("aim_us")
+    text = f"{us - base:+.2f}" if "append" in row["impl"] else f"{us / base:.2f}"
+    return f"**{text}**" if bound is not None and us > bound else text
+
+
+def _us(row: dict[str, Any]) -> float:
+    us: float = row["kernel_us"] or row["call_us"]
+    return us
+
+
+def _named(rows: Rows, mine: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All rows of a shape by what is in the brackets behind our name, or by the peer's."""
+    same = (row for row in rows if (row["op"], row["shape"]) == (mine["op"], mine["shape"]))
+    return {_way(row["impl"]): row for row in same}
+
+
+def _way(impl: str) -> str:
+    return impl[len(OURS) + 2 : -1] if impl.startswith(OURS + " (") else impl.removeprefix(OURS)
+
+
 def decode_aims(rows: Rows) -> list[str]:
     """The plain calls: where they should be by the floor and the peers of the run, and what was set in advance."""
     lines = [
-        "| shape | floor | ours | SDPA flash | SDPA cuDNN | aim | | goal | |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| shape | floor | ours | SDPA flash | SDPA cuDNN | aim | | goal | | captured at 1 | portable / flash |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for mine, times in _plain(rows):
         if not mine["op"].startswith("gqa_attention") or "cache" in mine["shape"]:
@@ -52,25 +76,37 @@ def decode_aims(rows: Rows) -> list[str]:
         us, floor, goal = mine["kernel_us"], mine["limit_us"], DECODE_GOALS.get(mine["shape"])
         above = RAGGED_ABOVE_FLOOR if "lengths" in mine["shape"] else ABOVE_FLOOR
         aim = min(bound for bound in (above.us(floor), *times.values()) if bound is not None)
-        peers = (number(times.get(peer)) for peer in ("SDPA flash", "SDPA cuDNN"))
+        peers, named = (number(times.get(peer)) for peer in ("SDPA flash", "SDPA cuDNN")), _named(rows, mine)
         cells = [number(floor), number(us), *peers, number(aim), _verdict(us, aim), number(goal), _verdict(us, goal)]
+        flash = times.get("SDPA flash")
+        cells += [_ratio(named.get("captured at 1"), us, 1.1 * us), _ratio(named.get("portable kernel"), flash, flash)]
         lines.append(f"| {mine['shape']} | {' | '.join(cells)} |")
     return lines
 
 
-def ratios(rows: Rows) -> list[str]:
-    """One row for each shape and yardstick: what each way to run the call takes of the yardstick's time."""
-    lines = ["| shape | beside, us | times that, and at most |", "|---|---|---|"]
-    judged: dict[tuple[str, str, str], list[str]] = {}
+def decode_ways(rows: Rows) -> list[str]:
+    """The other ways to run a call, each over the plain one."""
+    found = [(mine, _named(rows, mine)) for mine, _ in _plain(rows)]
+    found = [(mine, named) for mine, named in found if "append" in named]
+    if not found:
+        return []
+    ways = [name for name, row in found[0][1].items() if row.get("beside") == OURS and name != "captured at 1"]
+    lines = [f"| shape | plain us | {' | '.join(ways)} |", "|---" * (2 + len(ways)) + "|"]
+    for mine, named in found:
+        cells = [_ratio(named.get(way), mine["kernel_us"]) for way in ways]
+        lines.append(f"| {mine['shape']} | {number(mine['kernel_us'])} | {' | '.join(cells)} |")
+    return lines
+
+
+def decode_others(rows: Rows) -> list[str]:
+    """Whatever else is judged by another time of its shape: quantised caches, chains, the host's time."""
+    lines = ["| | us | beside | us | ratio |", "|---|---|---|---|---|"]
     for row in rows:
-        if row.get("beside") is None:
+        if row.get("beside") is None or (row["op"].startswith("gqa_attention") and "cache" not in row["shape"]):
             continue
-        times = {(o["op"], o["shape"], o["impl"]): o["kernel_us"] or o["call_us"] for o in rows}
-        base, us = times[row["op"], row["shape"], row["beside"]], row["kernel_us"] or row["call_us"]
-        name = row["impl"].removeprefix(OURS).strip(" ()") or "plain"
-        most = f" ({row['aim_us'] / base:.2f})" if row["aim_us"] is not None else ""
-        op = "" if row["op"].startswith("gqa_attention") else f"{row['op']} "
-        key = op + row["shape"], row["beside"].removeprefix(OURS).strip(" ()") or "plain", number(base)
-        judged.setdefault(key, []).append(f"{name} {us / base:.2f}{most}")
-    lines += [f"| {shape} | {beside}, {base} | {'; '.join(cells)} |" for (shape, beside, base), cells in judged.items()]
-    return lines if judged else []
+        other = _named(rows, row)[_way(row["beside"])]
+        op = "" if row["op"].startswith("gqa_attention") else f"{row['op']}, "
+        way = row["impl"].removeprefix(OURS).strip()
+        cells = [number(_us(row)), _way(row["beside"]), number(_us(other)), _ratio(row, _us(other))]
+        lines.append(f"| {' '.join(filter(None, (op + row['shape'], way)))} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
