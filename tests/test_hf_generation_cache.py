@@ -21,8 +21,6 @@ from gqa_kernels.hf import generate, release
 from gqa_kernels.hf.generation import graphs, prefill
 from gqa_kernels.kv_cache import BaseCache
 
-pytestmark = pytest.mark.abi
-
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "pages of 16": {"page_size": 16}, "pages of 7": {"page_size": 7}}
 
 
@@ -34,6 +32,7 @@ def cache_for(model: PreTrainedModel, batch: int, capacity: int, **options: Any)
     return kind(*sizes, **{"dtype": model.dtype, "device": model.device, **options})
 
 
+@pytest.mark.abi
 @pytest.mark.parametrize("lengths", [[11], [11, 4, 23]], ids=["single", "left-padded"])
 @pytest.mark.parametrize(
     "family, kind",
