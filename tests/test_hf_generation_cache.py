@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.contract import lacks_sm90
 from support.families import longrope, make_model, shared_model
 from support.llama import LAYERS, make_llama, make_prompt, positions_of
 from support.quantized import FORMATS, LARGEST, dequantize, quantize
@@ -19,9 +20,8 @@ import gqa_kernels
 from gqa_kernels import KVCache, PagedKVCache
 from gqa_kernels.hf import generate, release
 from gqa_kernels.hf.generation import graphs, prefill
+from gqa_kernels.hf.generation.whole_step import whole_step
 from gqa_kernels.kv_cache import BaseCache
-
-pytestmark = pytest.mark.abi
 
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "pages of 16": {"page_size": 16}, "pages of 7": {"page_size": 7}}
 
@@ -34,6 +34,7 @@ def cache_for(model: PreTrainedModel, batch: int, capacity: int, **options: Any)
     return kind(*sizes, **{"dtype": model.dtype, "device": model.device, **options})
 
 
+@pytest.mark.abi
 @pytest.mark.parametrize("lengths", [[11], [11, 4, 23]], ids=["single", "left-padded"])
 @pytest.mark.parametrize(
     "family, kind",
@@ -63,6 +64,27 @@ def test_same_tokens(device: str, family: str, lengths: list[int], kind: str) ->
         assert cache.length == start
         if end >= prompt:
             assert torch.equal(out, expected[:, start + 1 - out.shape[1] : start + 1])
+
+
+@pytest.mark.parametrize("kind", ["dense", "pages of 16", "quantised"])
+def test_whole_steps(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a dense cache one op a step where a call without a cache has that, to the same tokens; else an op a part."""
+    whole: list[bool] = []
+
+    def watched(*args: Any, **options: Any) -> Tensor | None:
+        logits = whole_step(*args, **options)
+        whole.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(graphs, "whole_step", watched)
+    model, ids = make_model("llama", device, torch.bfloat16), make_prompt(device, [11])["input_ids"]
+    expected = generate(model, ids, max_new_tokens=64)
+    served, whole = set(whole), []
+    options = {"dtype": torch.int8, "k_scale": 0.05, "v_scale": 0.05} if kind == "quantised" else KINDS[kind]
+    out = generate(model, ids, max_new_tokens=64, kv_cache=cache_for(model, 1, 256, **options))
+    assert set(whole) == (served if kind == "dense" else {False})
+    assert kind != "dense" or torch.equal(out, expected)
+    assert served == {device != "cpu" and not lacks_sm90()}
 
 
 def test_long_prompts(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
