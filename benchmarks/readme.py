@@ -87,7 +87,7 @@ def render_decode() -> str:
     result = json.loads(path_of("decode").read_text())
     about = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit'][:10]}"
     lines = [f"`{result['command']}`, {about}:", ""]
-    for write in (tables.decode_aims, tables.decode_ways, tables.decode_others):
+    for write in (tables.decode_aims, tables.decode_ways, tables.decode_quantised, tables.decode_others):
         found = write(result["rows"])
         lines += [*found, ""] if found else []
     return BEGIN + "\n" + "\n".join(lines) + END

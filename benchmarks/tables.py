@@ -98,15 +98,23 @@ def decode_ways(rows: Rows) -> list[str]:
     return lines
 
 
+def decode_quantised(rows: Rows) -> list[str]:
+    lines = ["| shape | bfloat16 us | float8_e4m3fn | int8 |", "|---|---|---|---|"]
+    for mine, _ in _plain(rows):
+        named = _named(rows, mine)
+        if (plain := named.get("bfloat16 cache")) is not None:
+            cells = [number(_us(plain)), _ratio(mine, _us(plain)), _ratio(named.get("int8 cache"), _us(plain))]
+            lines.append(f"| {mine['shape'].removesuffix(' float8_e4m3fn cache')} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
 def decode_others(rows: Rows) -> list[str]:
-    """Whatever else is judged by another time of its shape: quantised caches, chains, the host's time."""
-    lines = ["| | us | beside | us | ratio |", "|---|---|---|---|---|"]
+    """What surrounds the kernel, judged by another time of its shape: chains of launches, the host's time."""
+    lines = ["| | us | beside | us |", "|---|---|---|---|"]
     for row in rows:
-        if row.get("beside") is None or (row["op"].startswith("gqa_attention") and "cache" not in row["shape"]):
+        if row.get("beside") is None or row["op"].startswith("gqa_attention"):
             continue
-        other = _named(rows, row)[_way(row["beside"])]
-        op = "" if row["op"].startswith("gqa_attention") else f"{row['op']}, "
-        way = row["impl"].removeprefix(OURS).strip()
-        cells = [number(_us(row)), _way(row["beside"]), number(_us(other)), _ratio(row, _us(other))]
-        lines.append(f"| {' '.join(filter(None, (op + row['shape'], way)))} | {' | '.join(cells)} |")
+        other, us = _named(rows, row)[_way(row["beside"])], _us(row)
+        text = number(us) if us <= (row["aim_us"] or us) else f"**{number(us)}**"
+        lines.append(f"| {row['op']}, {row['shape']} | {text} | {_way(row['beside'])} | {number(_us(other))} |")
     return lines if len(lines) > 2 else []

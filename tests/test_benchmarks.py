@@ -124,7 +124,7 @@ def test_aims() -> None:
     dicts = [vars(row) for row in rows]
     assert tables.decode_aims(dicts)[2:] == ["| s | 5 | 10 | 8 |  | 6.4 | +3.60 |  |  |  |  |"]
     assert tables.side_by_side(dicts)[2:] == ["| s | 10 | 5 | 8 |"]
-    assert tables.decode_ways(dicts) == tables.decode_others(dicts) == []
+    assert tables.decode_ways(dicts) == tables.decode_others(dicts) == tables.decode_quantised(dicts) == []
     append = Row("g", "gqa_attention", "s", OURS + " (append)", kernel_us=10.3, beside=OURS, aim_us=10.4)
     early = Row("g", "gqa_attention", "s", OURS + " (captured at 1)", kernel_us=12.0, beside=OURS, aim_us=11.0)
     portable = Row("g", "gqa_attention", "s", OURS + " (portable kernel)", kernel_us=6.0, beside="SDPA flash")
@@ -137,7 +137,13 @@ def test_aims() -> None:
     assert tables.decode_aims(dicts)[2].endswith("| **1.20** | 0.75 |")
     host = Row("g", "host time", "s", OURS, call_us=3.0, beside="x.mul_(1)", aim_us=4.0)
     chain = [host, Row("g", "host time", "s", "x.mul_(1)", call_us=2.0)]
-    assert tables.decode_others([vars(row) for row in chain])[2:] == ["| host time, s | 3 | x.mul_(1) | 2 | 1.50 |"]
+    assert tables.decode_others([vars(row) for row in chain])[2:] == ["| host time, s | 3 | x.mul_(1) | 2 |"]
+    eights = [
+        Row("g", "gqa_attention", "s float8_e4m3fn cache", OURS, kernel_us=6.0, aim_us=5.6),
+        Row("g", "gqa_attention", "s float8_e4m3fn cache", OURS + " (int8 cache)", kernel_us=5.0, aim_us=5.6),
+        Row("g", "gqa_attention", "s float8_e4m3fn cache", OURS + " (bfloat16 cache)", kernel_us=10.0),
+    ]
+    assert tables.decode_quantised([vars(row) for row in eights])[2:] == ["| s | 10 | **0.60** | 0.50 |"]
 
 
 def test_aims_are_judged_by_the_rows_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
