@@ -43,13 +43,14 @@ def _quantised(shape: Attention, settings: Settings) -> Case:
     """The same keys and values in caches of three dtypes, which hold them exactly: eighths up to 2."""
     cache = shape.batch, shape.seqlen, shape.kv_heads, shape.head_dim
     options = {"dtype": torch.int8, "device": settings.device}
+    lengths = torch.full((shape.batch,), shape.seqlen, dtype=torch.int32, device=settings.device)
 
     def make() -> Inputs:
         k, v = (torch.randint(-16, 17, cache, **options) for _ in range(2))
         q = shape.batch, 1, shape.q_heads, shape.head_dim
         return {
             "q": torch.randn(q, device=settings.device, dtype=torch.bfloat16),
-            "lengths": torch.full((shape.batch,), shape.seqlen, dtype=torch.int32, device=settings.device),
+            "lengths": lengths,
             "scale": torch.full((1,), 0.125, device=settings.device),
             "k8": k,
             "v8": v,
@@ -95,18 +96,22 @@ def _case(shape: Attention, settings: Settings) -> Case:
     dtype = torch.bfloat16 if settings.cuda else torch.float32
     lengths = list(shape.lengths) or [shape.seqlen] * shape.batch
     in_ways = shape in (shapes.DECODE_WAYS if settings.cuda else shapes.DECODE_CPU_WAYS)
+    shared: Inputs = {}  # what all layers of a step have in common: made once, and so not cold
 
     def make() -> Inputs:
         def randn(*size: int) -> Tensor:
             return torch.randn(size, device=settings.device, dtype=dtype)
 
+        if not shared:
+            shared["lengths"] = torch.tensor(lengths, dtype=torch.int32, device=settings.device)
+            shared.update(decode_ways.shared_inputs(shape, settings.device) if in_ways else {})
         cache = shape.batch, shape.seqlen, shape.kv_heads, shape.head_dim
         return {
             "q": randn(shape.batch, 1, shape.q_heads, shape.head_dim),
             "k": randn(*cache),
             "v": randn(*cache),
-            "lengths": torch.tensor(lengths, dtype=torch.int32, device=settings.device),
             **(decode_ways.inputs(shape, settings.device, dtype) if in_ways else {}),
+            **shared,
         }
 
     def check(x: Inputs, out: Tensor) -> None:

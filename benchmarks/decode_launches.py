@@ -19,7 +19,7 @@ ORDINARY_DECODE = OURS + " (decode launched the ordinary way)"
 MULTIPLY = "x.mul_(1)"
 
 
-def _inputs(shape: Attention, settings: Settings) -> Inputs:
+def _inputs(shape: Attention, settings: Settings, lengths: Tensor) -> Inputs:
     def randn(*size: int) -> Tensor:
         return torch.randn(size, device=settings.device, dtype=torch.bfloat16)
 
@@ -30,8 +30,12 @@ def _inputs(shape: Attention, settings: Settings) -> Inputs:
         "weight": randn(hidden),
         "k": randn(shape.batch, shape.seqlen, shape.kv_heads, shape.head_dim),
         "v": randn(shape.batch, shape.seqlen, shape.kv_heads, shape.head_dim),
-        "lengths": torch.full((shape.batch,), shape.seqlen, dtype=torch.int32, device=settings.device),
+        "lengths": lengths,
     }
+
+
+def _lengths(shape: Attention, settings: Settings) -> Tensor:
+    return torch.full((shape.batch,), shape.seqlen, dtype=torch.int32, device=settings.device)
 
 
 def _attend(x: Inputs, q: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def chain(shape: Attention, settings: Settings) -> Case:
         group="decode",
         op="add_rmsnorm, gqa_attention_decode, residual_add",
         shape=shape.decode_name,
-        make=partial(_inputs, shape, settings),
+        make=partial(_inputs, shape, settings, _lengths(shape, settings)),
         contestants=[
             Contestant(OURS, call, aim=Aim(plus=-0.2, beside=ORDINARY_DECODE)),
             Contestant(ORDINARY_DECODE, call, edit=partial(make_ordinary, kernel="decode_ring"), host=False),
@@ -78,7 +82,7 @@ def host(shape: Attention, settings: Settings) -> Case:
     """Calls in a row, whose kernels are shorter than the host's time for them."""
 
     def make() -> Inputs:
-        x = _inputs(shape, settings)
+        x = _inputs(shape, settings, _lengths(shape, settings))
         return {"one": torch.randn(1, device=settings.device), "q": _queries(x, x["x"]), **x}
 
     def check(x: Inputs, out: Tensor) -> None:

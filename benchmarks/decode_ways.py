@@ -52,18 +52,20 @@ def everywhere(call: Callable[[Inputs], Tensor]) -> list[Contestant]:
 def inputs(shape: Attention, device: str, dtype: torch.dtype) -> Inputs:
     """Beside those of the plain call, all of whose sequences have ``shape.seqlen`` keys."""
     new = shape.batch, 1, shape.kv_heads, shape.head_dim
-    cos, sin = gqa_kernels.rope_tables(shape.head_dim, shape.seqlen, base=10000.0, device=device)
-    rows = shape.batch * shape.seqlen
-    tables = {f"table{page}": torch.randperm(rows // page, device=device).int().view(shape.batch, -1) for page in PAGES}
     return {
         "queries": torch.randn(shape.batch, max(TOKENS), shape.q_heads, shape.head_dim, device=device, dtype=dtype),
         "new_k": torch.randn(new, device=device, dtype=dtype),
         "new_v": torch.randn(new, device=device, dtype=dtype),
-        "before": torch.full((shape.batch,), shape.seqlen - 1, dtype=torch.int32, device=device),
-        "cos": cos,
-        "sin": sin,
-        **tables,
     }
+
+
+def shared_inputs(shape: Attention, device: str) -> Inputs:
+    """Those that all layers of a step have in common: lengths, page tables, the tables of RoPE."""
+    cos, sin = gqa_kernels.rope_tables(shape.head_dim, shape.seqlen, base=10000.0, device=device)
+    before = torch.full((shape.batch,), shape.seqlen - 1, dtype=torch.int32, device=device)
+    rows = shape.batch * shape.seqlen
+    tables = {f"table{page}": torch.randperm(rows // page, device=device).int().view(shape.batch, -1) for page in PAGES}
+    return {"before": before, "cos": cos, "sin": sin, **tables}
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

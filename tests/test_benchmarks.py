@@ -165,7 +165,8 @@ def test_other_ways_to_decode_are_right_and_checked() -> None:
     torch.manual_seed(0)
     caches = {name: torch.randn(2, 128, 2, 64) for name in ("k", "v")}
     lengths = torch.full((2,), 128, dtype=torch.int32)
-    x = {**caches, "lengths": lengths, **decode_ways.inputs(shape, "cpu", torch.float32)}
+    made = decode_ways.inputs(shape, "cpu", torch.float32) | decode_ways.shared_inputs(shape, "cpu")
+    x = {**caches, "lengths": lengths, **made}
     found = decode_ways.ways(CPU)
     assert len(found) == 10
     for way in found:
