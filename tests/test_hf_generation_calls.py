@@ -152,7 +152,7 @@ def test_models_that_are_refused() -> None:
     model = make_llama("cpu")
     linear = model.model.layers[1].mlp.up_proj
     model.model.layers[1].mlp.up_proj = Adapted(64, 128, bias=False)
-    refused(model, r"model\.layers\.1\.mlp\.up_proj is a Adapted, not a plain Linear")
+    refused(model, r"model\.layers\.1\.mlp\.up_proj is a \S*Adapted, not a plain Linear")
     model.model.layers[1].mlp.up_proj = linear
     handle = linear.register_forward_hook(lambda *_: None)
     refused(model, "up_proj has hooks")
