@@ -1,9 +1,10 @@
 """``python -m benchmarks [decode|prefill|ops|sample|model ...] [--shapes TEXT] [--out DIR] [--device D] [--quick]
-[--seconds S] [--commit SHA] [--compile [TEXT]]``"""
+[--seconds S] [--commit SHA] [--compile [PATTERN]]``"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,8 +38,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.0, help="for each measurement; 0.1 on CUDA, 0.02 on a CPU")
     parser.add_argument("--quick", action="store_true", help="a few cases: on CUDA those with a promised floor")
     parser.add_argument("--commit", metavar="SHA", help="what to record as the commit, for a tree without git")
-    compiled = "model: also transformers' compiled steps, of models whose name contains TEXT; a minute each"
-    parser.add_argument("--compile", nargs="?", const="", metavar="TEXT", help=compiled)
+    compiled = "model: also transformers' compiled steps, of models in whose name PATTERN is found; half a minute each"
+    parser.add_argument("--compile", nargs="?", const="", metavar="PATTERN", help=compiled)
     options = parser.parse_args(argv)
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
@@ -61,7 +62,8 @@ def run_group(
         models = [m for m in model.wanted(settings, options.quick) if options.shapes in m.name]
         try:
             for wanted in tqdm(models, desc=group, disable=None):
-                rows += model.measure(wanted, settings, options.compile is not None and options.compile in wanted.name)
+                compiled = options.compile is not None and re.search(options.compile, wanted.name) is not None
+                rows += model.measure(wanted, settings, compiled)
         except KeyboardInterrupt:  # as below
             print(f"interrupted after {len(rows)} rows")
         return rows, skipped, verdicts

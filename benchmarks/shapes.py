@@ -172,4 +172,4 @@ MODELS = [
     Model("Llama-3.1-8B shape", "Llama", 4096, 14336, 32, 32, 8, 128256, 2 * K, 64),
     Model("Llama-3.1-8B shape, batch 16", "Llama", 4096, 14336, 32, 32, 8, 128256, 2 * K, 64, batch=16),
 ]
-MODELS_CPU = [Model("4 layers of 256, 8:2", "Llama", 256, 688, 4, 8, 2, 1000, 64, 16)]
+MODELS_CPU = [Model("4 layers of 256, 8:2", "Llama", 256, 688, 4, 8, 2, 1000, 64, 32)]

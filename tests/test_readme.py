@@ -12,7 +12,7 @@ from benchmarks import readme  # noqa: E402
 
 
 def test_numbers_come_from_the_results() -> None:
-    for path, rendered in ((readme.README, readme.render()), (readme.DECODE, readme.render_decode())):
+    for path, rendered in readme.pages():
         text = path.read_text()
         assert readme.BEGIN in text and readme.END in text
         assert readme.replaced(text, rendered) == text, path
