@@ -313,7 +313,7 @@ def _watched_session(model: Any, inputs: dict[str, Tensor], options: dict[str, A
     from gqa_kernels.hf.generation.generate import session_of
 
     settings = Settings(True, options["seed"], top_p=options["top_p"])
-    with session_of(model, inputs["input_ids"], inputs["attention_mask"], settings, LONG_RUN + 1) as session:
+    with session_of(model, inputs["input_ids"], inputs["attention_mask"], settings, LONG_RUN + 1, None) as session:
         for _ in range(LONG_RUN // 10):
             session.step()
         before = _peak_bytes()

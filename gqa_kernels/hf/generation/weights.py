@@ -43,6 +43,8 @@ def read_weights(model: nn.Module) -> ModelWeights:
         rotary=body.rotary_emb,
     )
     _check_tensors(record)
+    if len({(layer.kv_heads, layer.head_dim) for layer in record.layers}) > 1:
+        raise Unserved("its layers differ in their KV heads")
     return record
 
 
