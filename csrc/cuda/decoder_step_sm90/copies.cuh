@@ -43,7 +43,8 @@ struct Stages {
   const char *shared;
   const int warp, row;
   int i = 0;  // phase, of all layers'
-  Matrix m;
+  int columns;
+  bool gated;
   Slice slice;
   int first, column, rows;
   const char *from;
@@ -52,46 +53,48 @@ struct Stages {
       : p(args), shared(shared_), warp(threadIdx.x / 32 - kWarps), row(threadIdx.x % 32 * kStepCopyWarps + warp) {
     begin_phase();
   }
+  __device__ Phase phase() const { return i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4); }
   __device__ bool more() const { return i <= 4 * p.layers; }
-  __device__ uint32_t bytes() const { return 2 * min(slice.step, m.columns - column); }
-  __device__ int pitch() const { return 2 * slice.step + 16; }
+  __device__ uint32_t bytes() const { return 2 * min(slice.step, columns - column); }
   __device__ int rows_of_warp() const { return (rows - warp + kStepCopyWarps - 1) / kStepCopyWarps; }
 
   __device__ void begin_phase() {
     for (; more(); ++i) {
-      const Phase phase = i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4);
-      slice = slice_of(shared, phase);
+      slice = slice_of(shared, phase());
       if (slice.count() == 0) continue;
-      m = matrix_of<kDim>(p, p.layer[min(i / 4, p.layers - 1)], phase);
       first = slice.begin;
       return begin_tile();
     }
   }
   __device__ void begin_tile() {
-    const int tile = tile_of(m), outputs = min(tile, slice.end - first);
+    const Matrix m = matrix_of<kDim>(p, p.layer[min(i / 4, p.layers - 1)], phase());
+    columns = m.columns, gated = m.gated;
+    const int tile = tile_of(gated), outputs = min(tile, slice.end - first);
     slice.step = outputs == tile ? slice.full_step : slice.last_step;
-    rows = m.gated ? 2 * outputs : outputs;
+    rows = gated ? 2 * outputs : outputs;
     column = 0;
     from = row < rows ? weights_of(m, row, outputs, first) : nullptr;
   }
   __device__ void advance() {
     column += slice.step;
-    if (column < m.columns) return;
-    first += tile_of(m);
+    if (column < columns) return;
+    first += tile_of(gated);
     if (first < slice.end) return begin_tile();
     ++i;
     begin_phase();
   }
-  __device__ void copy(const Ring &ring, uint64_t policy) const {
+  __device__ void copy(Filler &filler, uint64_t policy) const {
+    const Ring &ring = filler.ring;
+    filler.make_room(rows * slice.pitch());
     if (threadIdx.x % 32 == 0) arrive_expect_for_warp(ring.full(), rows_of_warp() * bytes());
     __syncwarp();
-    if (from != nullptr) copy_bulk(ring.data() + row * pitch(), from + 2 * column, bytes(), ring.full(), policy);
+    if (from != nullptr) copy_bulk(ring.data() + row * slice.pitch(), from + 2 * column, bytes(), ring.full(), policy);
   }
 };
 
 // Keys, then values, kKeys rows of each at a time; the new row is not there yet. Rows are too short for bulk copies.
 template <int kDim>
-__device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, const Lengths &of_first, Ring &ring,
+__device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, const Lengths &of_first, Filler &filler,
                                           uint64_t policy) {
   constexpr int kBytes = 2 * kDim, kPieces = kBytes / 16;
   const int thread = threadIdx.x - kConsumers;
@@ -101,13 +104,13 @@ __device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, con
     const Part part = find_part(p, layer.window_left, i, lengths);
     const int64_t at = (static_cast<int64_t>(part.row) * p.capacity * p.kv_heads + part.head) * kBytes;
     for (int key = part.first; key < part.end; key += kKeys) {
-      const int pieces = (min(key + kKeys, min(part.end, part.length)) - key) * kPieces;  // of cached rows
+      const int keys = min(kKeys, part.end - key), pieces = min(keys, part.length - key) * kPieces;  // of cached rows
 #pragma unroll 1
       for (int values = 0; values < 2; ++values) {
         const char *from = (values ? layer.v_cache : layer.k_cache) + at + key * row_bytes;
-        ring.wait_empty();
-        const uint32_t to = ring.data();
-#pragma unroll 4
+        filler.make_room(bytes_of_keys<kDim>(keys));
+        const uint32_t to = filler.ring.data();
+#pragma unroll 2
         for (int j = thread; j < pieces; j += kCopiers) {
           const int row = j / kPieces, piece = j % kPieces;
           asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
@@ -115,30 +118,30 @@ __device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, con
                        "l"(from + row * row_bytes + piece * 16), "l"(policy)
                        : "memory");
         }
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(ring.full()) : "memory");
-        ring.advance();
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(filler.ring.full()) : "memory");
+        filler.ring.advance();
       }
     }
   }
 }
 
 template <int kDim>
-__device__ void copy_all(const Args &p, const char *shared, Ring &ring) {
+__device__ void copy_all(const Args &p, const char *shared, const Ring &ring) {
   uint64_t once;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   const Lengths lengths = load_lengths(p, blockIdx.x);
   Stages<kDim> stages(p, shared);
+  Filler filler(p, ring);
   int phase = 0;
 #pragma unroll 1
   while (true) {
     // Keys come after the weights of q, k and v.
     for (; phase < stages.i && phase < 4 * p.layers; ++phase) {
-      if (phase % 4 == kQkv) copy_keys<kDim>(p, p.layer[phase / 4], lengths, ring, once);
+      if (phase % 4 == kQkv) copy_keys<kDim>(p, p.layer[phase / 4], lengths, filler, once);
     }
     if (!stages.more()) break;
-    ring.wait_empty();
-    stages.copy(ring, once);
-    ring.advance();
+    stages.copy(filler, once);
+    filler.ring.advance();
     stages.advance();
   }
 }
