@@ -24,6 +24,8 @@ class Contestant:
     call: Callable[[Inputs], Any]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     capturing: Callable[[Inputs], AbstractContextManager[Any]] = nullcontext  # inputs as a graph is captured with them
+    flops: float | None = None  # where it does other work than the case: its rate is what is compared
+    check: Callable[[Inputs, Any], None] | None = None  # and of its own result
 
 
 @dataclass
@@ -93,13 +95,17 @@ def _measure(
         case.skipped[contestant.name] = str(error).strip().splitlines()[0][:120]
         return None
     try:
-        case.check(untouched, result)
+        (contestant.check or case.check)(untouched, result)
     except AssertionError as error:
         raise AssertionError(f"{case.name}: {contestant.name} is wrong: {error}") from error
     del result
     kernel = kernel_us(contestant.call, inputs, settings, contestant.capturing) if settings.cuda else None
     call = call_us(contestant.call, inputs[0], settings)
-    return _row(case, contestant.name, kernel, call, limit)
+    if contestant.flops is None:
+        return _row(case, contestant.name, kernel, call, limit)
+    row = Row(case.group, case.op, case.shape, contestant.name, kernel_us=kernel, call_us=call)
+    row.tflops = contestant.flops / row.us * 1e-6
+    return row
 
 
 def _row(case: Case, impl: str, kernel: float | None, call: float | None, limit: float) -> Row:
