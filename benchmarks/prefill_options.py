@@ -73,6 +73,7 @@ def dense() -> Contestant:
         lambda _: run(x),
         flops=flops(causal_pairs(DENSE, DENSE)),
         check=lambda _, out: check(x, out),
+        host=False,
     )
 
 
@@ -193,7 +194,7 @@ def appended(tokens: int) -> Case:
 
 def against_full(tokens: int) -> Case:
     name = f"{OURS} (full)"
-    full = Contestant(name, call(causal=False), flops=flops(tokens * tokens), check=checker(False))
+    full = Contestant(name, call(causal=False), flops=flops(tokens * tokens), check=checker(False), host=False)
     return case(
         f"causal B1 S{tokens // K}k against full",
         lambda: qkv(tokens, tokens),
