@@ -57,13 +57,17 @@ def _first(result: Any) -> Tensor:
     return out
 
 
+def fa3(device: str, causal: bool) -> list[Contestant]:
+    """The last query sees all keys, as with ours; in SDPA's causal mask the first one sees the first key."""
+    found = find("flash_attn_interface")
+    if device == "cpu" or found is None:
+        return []
+    return [Contestant("FA3", lambda x: _first(found.flash_attn_func(x["q"], x["k"], x["v"], causal=causal)))]
+
+
 def prefill(shape: Attention, device: str) -> list[Contestant]:
-    found = sdpa(device, shape.causal)
-    fa3, flashinfer = find("flash_attn_interface"), find("flashinfer")
-    if device == "cuda" and fa3 is not None:
-        found.append(
-            Contestant("FA3", lambda x: _first(fa3.flash_attn_func(x["q"], x["k"], x["v"], causal=shape.causal)))
-        )
+    found = [*sdpa(device, shape.causal), *fa3(device, shape.causal)]
+    flashinfer = find("flashinfer")
     if device == "cuda" and flashinfer is not None and shape.batch == 1:
 
         def single(x: Inputs) -> Tensor:
@@ -77,13 +81,13 @@ def prefill(shape: Attention, device: str) -> list[Contestant]:
 def decode(shape: Attention, device: str) -> list[Contestant]:
     """One query token; the caches are full but for ``lengths``."""
     found = [] if shape.lengths else sdpa(device, False)
-    fa3, flashinfer = find("flash_attn_interface"), find("flashinfer")
-    if device == "cuda" and fa3 is not None:
+    flash, flashinfer = find("flash_attn_interface"), find("flashinfer")
+    if device == "cuda" and flash is not None:
         found.append(
             Contestant(
                 "FA3",
                 lambda x: _first(
-                    fa3.flash_attn_with_kvcache(x["q"], x["k"], x["v"], cache_seqlens=x["lengths"], causal=True)
+                    flash.flash_attn_with_kvcache(x["q"], x["k"], x["v"], cache_seqlens=x["lengths"], causal=True)
                 ),
             )
         )

@@ -86,6 +86,27 @@ def test_attention_reference_against_sdpa() -> None:
         assert_close(attention_rows(q, k, v, rows, causal), [expected[:, rows].float()])
 
 
+def test_attention_reference_with_options() -> None:
+    """Window, softcap and sinks against one row computed by hand."""
+    q, k, v, sinks = torch.randn(1, 3, 4, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(4)
+    out = attention_rows(q, k, v, torch.tensor([1]), True, window=2, softcap=1.5, sinks=sinks)
+    for head in range(4):
+        seen = slice(5, 8)  # the row is at position 7
+        scores = 1.5 * torch.tanh(k[0, seen, head // 2] @ q[0, 1, head] / 8**0.5 / 1.5)
+        weights = torch.cat([scores, sinks[head, None]]).softmax(0)[:-1]
+        assert_close(out[0, 0, head], [weights @ v[0, seen, head // 2]])
+
+
+def test_other_work_is_compared_by_its_rate() -> None:
+    case_ = case(lambda x: x["x"] * 2)
+    case_.flops = 100.0
+    twice = Contestant("twice", lambda x: x["x"] * 3, flops=200.0, check=lambda x, out: assert_close(out, [x["x"] * 3]))
+    case_.contestants.append(twice)
+    rows = measure(case_, CPU)
+    assert rows[-1].impl == "twice" and rows[-1].limit_us is None
+    assert rows[-1].tflops == pytest.approx(200e-6 / rows[-1].us)
+
+
 def test_rows_are_checked_at_both_ends() -> None:
     rows = some_rows(5000, "cpu")
     assert rows[0] == 0 and rows[-1] == 4999 and len(rows.unique()) == len(rows)
@@ -108,6 +129,10 @@ def test_goals() -> None:
     assert Goal(at_most=("peer", 1.1)).verdict([ours, peer]).endswith("peer takes 0.50 x the time, at most 1.10 x: met")
     assert Goal(at_most=("peer", 0.4)).verdict([ours, peer]).endswith("MISSED")
     assert Goal(peer=("other", 0.25)).verdict([ours, peer]).endswith("other did not run")
+    ours.tflops, peer.tflops = 80.0, 100.0
+    met = Goal(rate_of=("peer", 0.8)).verdict([ours, peer])
+    assert met.endswith("0.800 x the rate of peer, at least 0.800 x: met")
+    assert Goal(rate_of=("peer", 0.81)).verdict([ours, peer]).endswith("MISSED")
 
 
 def test_aims() -> None:
