@@ -38,7 +38,7 @@ def assert_same(actual: Any, expected: Any, what: str = "output") -> None:
     got, want = flat(actual), flat(expected)
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want)):
-        assert same_bytes(a, b), f"{what} {i} differs"
+        assert same_bytes(a, b.to(a.device)), f"{what} {i} differs"
 
 
 def assert_compiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
