@@ -1,4 +1,5 @@
-"""``python -m benchmarks.readme`` writes the README's tables and picture and a notebook from the last run's results.
+"""``python -m benchmarks.readme`` writes the tables of README and docs/decode.md, a picture and a notebook from the
+last run's results.
 
 No number is typed by hand.
 """
@@ -11,11 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import picture
+from benchmarks import picture, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+DECODE = ROOT / "docs" / "decode.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.readme -->\n", "<!-- end of numbers -->\n"
 OURS = "gqa_kernels"
 TITLES = {
@@ -74,16 +76,29 @@ def render() -> str:
         "",
     ]
     for group, result in results.items():
-        lines += [titles[group] + ":", "", *(model_table if group == "model" else table)(result["rows"]), ""]
+        write = {"model": model_table, "decode": tables.side_by_side, "prefill": tables.side_by_side}.get(group, table)
+        lines += [titles[group] + ":", "", *write(result["rows"]), ""]
     return BEGIN + "\n" + "\n".join(lines) + END
 
 
-def replaced(text: str) -> str:
+def render_decode() -> str:
+    """The same part of docs/decode.md."""
+    result = json.loads(path_of("decode").read_text())
+    about = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit'][:10]}"
+    lines = [f"`{result['command']}`, {about}:", ""]
+    for write in (tables.decode_aims, tables.decode_ways, tables.decode_quantised, tables.decode_others):
+        found = write(result["rows"])
+        lines += [*found, ""] if found else []
+    return BEGIN + "\n" + "\n".join(lines) + END
+
+
+def replaced(text: str, rendered: str) -> str:
     before, _, rest = text.partition(BEGIN)
-    return before + render() + rest.partition(END)[2]
+    return before + rendered + rest.partition(END)[2]
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text()))
+    README.write_text(replaced(README.read_text(), render()))
+    DECODE.write_text(replaced(DECODE.read_text(), render_decode()))
     picture.PICTURE.write_text(picture.render())
     subprocess.run([sys.executable, ROOT / "examples/notebooks/execute.py", "04_benchmarks.ipynb"], check=True)

@@ -33,10 +33,28 @@ class Row:
     tokens_per_s: float | None = None
     best_peer: str | None = None
     vs_best_peer: float | None = None  # the best peer's time over ours
+    beside: str | None = None  # whose time it is judged by, if not the limit
+    aim_us: float | None = None  # what it should take at most, from other times of the same run
+    goal_us: float | None = None  # the same, as it was set in advance
 
     @property
     def us(self) -> float:
         return self.kernel_us or self.call_us or float("nan")
+
+
+@dataclass(frozen=True)
+class Aim:
+    """At most ``factor`` times the limit's time, or ``plus`` microseconds more, whichever is longer; or, instead of the
+    limit, than another contestant's ``beside`` it. Without either it is only compared."""
+
+    factor: float | None = None
+    plus: float | None = None
+    beside: str = ""
+
+    def us(self, base: float) -> float | None:
+        bounds = [base * self.factor] if self.factor is not None else []
+        bounds += [base + self.plus] if self.plus is not None else []
+        return max(bounds, default=None)
 
 
 @dataclass(frozen=True)
@@ -90,8 +108,48 @@ def _cells(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [COLUMNS] + [_cells(row) for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return _aligned(COLUMNS, [_cells(row) for row in rows])
+
+
+def _verdict(us: float, most: float | None) -> str:
+    return "-" if most is None else "met" if us <= most else f"missed by {us - most:.2g}"
+
+
+def aims_table(rows: list[Row]) -> str:
+    """One line for each shape that has an aim: ours and the peers side by side, and whether it is met. "" without."""
+    plain = [row for row in rows if "(" not in row.impl and not row.beside]
+    judged = [row for row in plain if row.aim_us is not None]
+    if not judged:
+        return ""
+    others = [row for row in plain if row.impl != judged[0].impl]
+    peers = list(dict.fromkeys(row.impl for row in others))
+    head = ["shape", "", "limit us", judged[0].impl, *peers, "aim us", "", "goal us", ""]
+    lines = []
+    for row in judged:
+        times = {other.impl: other.us for other in others if (other.op, other.shape) == (row.op, row.shape)}
+        numbers = [row.limit_us, row.us, *(times.get(peer) for peer in peers)]
+        ends = [_number(row.aim_us), _verdict(row.us, row.aim_us), _number(row.goal_us), _verdict(row.us, row.goal_us)]
+        lines.append([f"{row.op} {row.shape}", "", *(_number(number) for number in numbers), *ends])
+    return _aligned(head, lines)
+
+
+def ratios_table(rows: list[Row]) -> str:
+    """One line for each time that is judged by another one of its shape. "" if none is."""
+    head = ["shape", "by", "us", "beside", "us", "ratio", "at most", ""]
+    lines = []
+    for row in rows:
+        other = next((o for o in rows if (o.op, o.shape, o.impl) == (row.op, row.shape, row.beside)), None)
+        if other is not None:
+            most = "-" if row.aim_us is None else f"{row.aim_us / other.us:.3f}"
+            times = _number(row.us), other.impl, _number(other.us), f"{row.us / other.us:.3f}"
+            lines.append([f"{row.op} {row.shape}", row.impl, *times, most, _verdict(row.us, row.aim_us)])
+    return _aligned(head, lines) if lines else ""
+
+
+def _aligned(head: list[str], cells: list[list[str]]) -> str:
+    """A first cell that repeats the one above is left empty; all but the first two are set to the right."""
+    lines = [head, *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = []
     for i, line in enumerate(lines):
         repeated = i > 1 and line[0] == lines[i - 1][0]
@@ -165,6 +223,7 @@ def write_plot(path: Path, rows: list[Row], title: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if "(" not in row.impl]  # not the other ways to run the same call
     shapes = list(dict.fromkeys(f"{row.op}\n{row.shape}" for row in rows))
     impls = list(dict.fromkeys(row.impl for row in rows))
     width = 0.8 / len(impls)

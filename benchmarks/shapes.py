@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 
@@ -25,6 +26,8 @@ class Attention:
 
     @property
     def decode_name(self) -> str:
+        if len(self.lengths) > 4:
+            return f"{self.heads} B{self.batch} lengths to {_length(self.seqlen)[1:]}"
         if self.lengths:
             return f"{self.heads} B{self.batch} lengths {'/'.join(map(str, self.lengths))}"
         return f"{self.heads} B{self.batch} {_length(self.seqlen)}"
@@ -52,6 +55,13 @@ def _prefill(heads: tuple[int, int, int], *sizes: tuple[int, int], causal: bool 
     return [Attention(*heads, batch, seqlen, causal) for batch, seqlen in sizes]
 
 
+def _long_tail(heads: tuple[int, int, int], batch: int, capacity: int) -> Attention:
+    """Lengths whose logarithms are uniform, from 1 to the capacity, the last of them at the capacity."""
+    drawn = random.Random(0)
+    lengths = [int(capacity ** drawn.random()) for _ in range(batch - 1)]
+    return Attention(*heads, batch, capacity, lengths=(*lengths, capacity))
+
+
 K = 1024
 
 DECODE = [
@@ -64,7 +74,33 @@ DECODE = [
     *_decode((32, 1, 128), (32, 8 * K)),
     *_decode((16, 8, 256), (4, 4 * K)),
     Attention(64, 8, 128, 3, 20000, lengths=(5, 777, 20000)),
+    _long_tail((32, 8, 128), 16, 32 * K),
+    _long_tail((32, 8, 128), 64, 32 * K),
+    _long_tail((28, 4, 128), 16, 16 * K),
+    _long_tail((14, 2, 64), 64, 8 * K),
 ]
+DECODE_GOALS = {  # microseconds
+    "32:8 D128 B1 S1k": 3.9,
+    "32:8 D128 B1 S4k": 7.0,
+    "32:8 D128 B1 S16k": 18.5,
+    "32:8 D128 B1 S128k": 124.0,
+    "32:8 D128 B8 S4k": 34.2,
+    "32:8 D128 B16 S2k": 34.0,
+    "32:8 D128 B64 S4k": 244.0,
+    "14:2 D64 B1 S2k": 3.2,
+    "14:2 D64 B64 S4k": 35.3,
+    "32:32 D96 B1 S4k": 14.8,
+    "32:32 D96 B16 S4k": 186.0,
+    "8:8 D64 B16 S2k": 19.2,
+}
+DECODE_WAYS = [  # also called paged, appending, with more tokens ...
+    *_decode((32, 8, 128), (1, K), (1, 4 * K), (1, 16 * K), (8, 4 * K), (64, 4 * K)),
+    *_decode((14, 2, 64), (1, 2 * K), (64, 4 * K)),
+    *_decode((32, 32, 96), (16, 4 * K)),
+    *_decode((28, 4, 128), (16, 8 * K)),
+]
+DECODE_CHAIN = [*_decode((32, 8, 128), (1, K), (1, 4 * K)), *_decode((14, 2, 64), (1, 2 * K))]
+DECODE_HOST = _decode((32, 8, 128), (1, K))
 DECODE_QUANTISED = [
     *_decode((32, 8, 128), (1, 32 * K), (1, 128 * K), (8, 4 * K), (64, 4 * K)),
     *_decode((14, 2, 64), (64, 4 * K)),
@@ -79,6 +115,7 @@ DECODE_CPU = [
     *_decode((8, 8, 64), (2, 512)),
     Attention(8, 2, 64, 3, 700, lengths=(5, 77, 700)),
 ]
+DECODE_CPU_WAYS = DECODE_CPU[2:3]
 
 PREFILL = [
     *_prefill((32, 8, 128), (1, 512), (1, K), (1, 2 * K), (1, 4 * K), (1, 8 * K), (1, 16 * K), (1, 32 * K), (8, 2 * K)),
