@@ -83,11 +83,12 @@ struct OfRow {
 constexpr int half_threads(int held) { return held == 4 ? 256 : 512; }
 constexpr int half_blocks(int held, bool adds) { return held == 4 ? 4 : adds ? 2 : 3; }
 
-template <int kHeld, bool kAdds, typename T>
+template <int kHeld, bool kAdds, typename T, bool kUsual = false>
 __global__ void __launch_bounds__(half_threads(kHeld), half_blocks(kHeld, kAdds))
     norm_dense_half_rows(const __grid_constant__ DenseNorm<T> p) {
   constexpr int kVector = Vec<T>::kSize, kHalf = kVector / 2;
-  constexpr bool kLate = kHeld == 4;  // weights only when they are needed: registers for more blocks count for more
+  // Weights only when they are needed: registers for more blocks count for more.
+  constexpr bool kLate = kHeld == 4 || kUsual;
   __shared__ __align__(16) float sums[2 * kTreeGroups];
   launch_dependents();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, held = kHeld * (blockDim.x / 32);
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(half_threads(kHeld), half_blocks(kHeld, kAdds)
   mine.hidden = p.hidden;
   mine.spare = shifted ? mine.first - kHalf : p.hidden - kHalf;
   mine.takes_spare = shifted ? lane == 0 && mine.spare < p.hidden : beyond && threadIdx.x == 0;
-  if (p.few_rows) {
+  if (!kUsual && p.few_rows) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (mine.has(i)) prefetch_l2(p.weight + mine.at(i));
@@ -117,6 +118,7 @@ __global__ void __launch_bounds__(half_threads(kHeld), half_blocks(kHeld, kAdds)
     for (int i = 0; i < kHeld; ++i) x[i] = sum_of(x[i], residual[i]);
     spare = sum_of(spare, residual_spare);
   }
+  const bool past_cache = kUsual || p.past_cache;
   const float of_spare = add_squares(0.0f, spare, 0);
   float part[kHeld], last = of_spare;
   if (shifted) {
@@ -137,17 +139,17 @@ __global__ void __launch_bounds__(half_threads(kHeld), half_blocks(kHeld, kAdds)
   if (beyond && threadIdx.x == (shifted ? blockDim.x - 1 : 0)) sums[held] = last;
   const int groups = share_groups(part, sums, beyond ? 1 : 0);
   // Only now has every warp the half that it shares with the one before, should the sum replace an input.
-  if constexpr (kAdds) mine.store(p.residual_out + row, x, spare, p.past_cache);
+  if constexpr (kAdds) mine.store(p.residual_out + row, x, spare, past_cache);
   const float rstd = reciprocal_rms(sum_of_groups(sums, groups), p.inverse_hidden, p.eps);
   if constexpr (kLate) mine.load_weights(p.weight, weight);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) x[i] = scaled<T, T>(anew(x[i], p.zero), weight[i], rstd, p);
+  for (int i = 0; i < kHeld; ++i) x[i] = scaled_row<kUsual>(x[i], weight[i], rstd, p);
   if (mine.takes_spare && threadIdx.x == 0) {
     Vec<T> of_spare_weight{};
     half_of(of_spare_weight, 0) = load_half(p.weight + mine.spare);
-    spare = scaled<T, T>(spare, of_spare_weight, rstd, p);
+    spare = scaled_row<kUsual>(spare, of_spare_weight, rstd, p);
   }
-  mine.store(p.out + row, x, spare, p.past_cache);
+  mine.store(p.out + row, x, spare, past_cache);
 }
 
 }  // namespace gqa::cuda
