@@ -112,6 +112,7 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
   variant.usual = variant.past_cache && !variant.few_rows && p.weight_offset == 0 &&
                   (p.cast_before_weight != 0 || p.dtype == GQA_DTYPE_FLOAT32);
   variant.held = !whole || vectors > kTreeVectors ? (light ? 2 : 4) : light ? 1 : 2;
+  if (!whole && variant.usual) variant.held = 4;
   int64_t threads = ceil_div(ceil_div<int64_t>(vectors, variant.held), int64_t{32}) * 32;
   if (vectors > 2 * kTreeVectors) {
     const int64_t trees = ceil_div(vectors, kTreeVectors);

@@ -75,8 +75,8 @@ __device__ __forceinline__ void load_table(const void *table, int64_t at, bool t
 // a lane adds to its own the vector blockDim.x, a power of two, further on, or has it where it has none; these meet by
 // a butterfly. Lanes past the head bring zeros.
 __device__ __forceinline__ float head_sum(float low, float high, int lanes) {
-  const float further = __shfl_sync(0xffffffffu, high, threadIdx.x - lanes, blockDim.x);
-  return group_sum(low + further, blockDim.x);
+  const float sum = low + __shfl_sync(0xffffffffu, high, threadIdx.x - lanes, blockDim.x);
+  return blockDim.x == 8 ? group_sum(sum, 8) : group_sum(sum, blockDim.x);  // 8: without a loop, most heads have 8
 }
 
 // Blocks of an SM that registers are to allow.
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W, kUsual>())
   T *out = (is_q ? p.q_out : p.k_out) + static_cast<int64_t>(token) * (is_q ? p.q_out_stride : p.k_out_stride) + within;
   // Positions may be the kernel before's to write; without them the angles' place is known.
   int64_t angles = kUsual || token < p.table_rows ? static_cast<int64_t>(token) * p.table_stride + pair : -1;
-  if (p.few_tokens && active && angles >= 0) {
+  if (!kUsual && p.few_tokens && active && angles >= 0) {
     prefetch_l2(static_cast<const C *>(p.cos) + angles);
     prefetch_l2(static_cast<const C *>(p.sin) + angles);
   }
@@ -174,8 +174,13 @@ __global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W, kUsual>())
 #pragma unroll
     for (int i = 0; i < N; ++i) a.value[i] = b.value[i] = from_float<T>(__int_as_float(0x7fc00000));
   }
-  store<N>(out, 0, 0, a, p.past_cache);
-  store<N>(out + high, 0, 0, b, p.past_cache);
+  if (p.past_cache) {
+    store<N>(out, 0, 0, a, true);
+    store<N>(out + high, 0, 0, b, true);
+  } else {
+    store<N>(out, 0, 0, a, false);
+    store<N>(out + high, 0, 0, b, false);
+  }
 }
 
 }  // namespace gqa::cuda
