@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import decode_ways, shapes, tables
+from benchmarks import decode_ways, ops_chain, shapes, tables
 from benchmarks.__main__ import CASES, main, parse
 from benchmarks.case import OURS, Case, Contestant, measure
 from benchmarks.check import assert_close, attention_rows, some_rows
@@ -210,6 +210,28 @@ def test_the_chain_and_the_host_s_calls_are_right() -> None:
         x = made.make()
         for contestant in made.contestants:
             (contestant.check or made.check)(x, contestant.call({name: tensor.clone() for name, tensor in x.items()}))
+
+
+def test_the_chain_of_ops_is_right_and_checked() -> None:
+    made = ops_chain.case(shapes.Attention(4, 2, 64, 1, 128), 96, CPU)
+    torch.manual_seed(0)
+    x = made.make()
+    out = made.contestants[0].call(x)
+    made.check(x, out)
+    for i in range(len(out)):
+        with pytest.raises(AssertionError):
+            made.check(x, tuple(part * 1.1 if j == i else part for j, part in enumerate(out)))
+
+
+def test_tables_of_ops() -> None:
+    shape = "1 x 4096"
+    ours = Row("ops", "rmsnorm", shape, OURS, kernel_us=1.0, limit_us=0.5, share=0.5, goal_us=1.25)
+    ours.beside, ours.aim_us = ops_chain.ORDINARY, 1.2
+    slower = Row("ops", "rmsnorm", shape, ops_chain.ORDINARY, kernel_us=1.4)
+    lines = tables.ops([vars(row) for row in (ours, slower, Row("ops", "rmsnorm", shape, "eager", kernel_us=9.0))])
+    assert lines[0] == f"| | {OURS} | goal | copy | of it | eager | FlashInfer 0.7.2 |"
+    assert lines[2] == "| rmsnorm 1 x 4096 | 1 | 1.25 | 0.5 | 0.50 | 9 | 1.53 |"
+    assert lines[-1] == "| rmsnorm 1 x 4096 | 1 | ordinary launches | 1.4 | 1.2 met |"
 
 
 def test_long_tails_are_drawn_once() -> None:
