@@ -9,10 +9,10 @@
 
 namespace gqa {
 
-constexpr int kStepWarps = 16, kStepCopyWarps = 4, kStepThreads = 32 * (kStepWarps + kStepCopyWarps);
+constexpr int kStepWarps = 8, kStepCopyWarps = 4, kStepThreads = 32 * (kStepWarps + kStepCopyWarps);
 constexpr int kStepRows = 8, kStepGroup = 8, kStepLayers = 100, kStepHidden = 8192, kStepSlots = 16;
-constexpr int kStepTileRows = 16;                                 // weight rows multiplied at a time
-constexpr int kStepKeyWarps = 8, kStepKeys = 16 * kStepKeyWarps;  // keys of a stage, and the warps that score them
+constexpr int kStepTileRows = 16;                     // weight rows multiplied at a time
+constexpr int kStepKeys = 16 * kStepWarps;            // keys of a stage
 constexpr int kStepAhead = 2;                         // stages on their way at once: more make others' values late
 constexpr int kStepStage = 29184;                     // bytes of a stage of weights at most
 constexpr int kStepPart = 64;                         // keys below which a row's are not divided further
@@ -47,7 +47,7 @@ inline DecoderStepPlan plan_decoder_step(const gqa_decoder_step_params &p, const
   plan.splits = std::clamp<int64_t>(device.num_sms / pairs, 1, kStepParts);
   const int64_t widest = std::max({p.hidden_size, p.intermediate, q});
   const int64_t products = p.batch * step_pitch(widest) + 32;
-  const int64_t weights = kStepGroup * (kStepWeightPitch + 8 * kStepKeyWarps);
+  const int64_t weights = kStepGroup * (kStepWeightPitch + 8 * kStepWarps);
   plan.inputs_at = kStepHeadsAt + round_up((kStepGroup + 2) * step_pitch(dim), 128);
   plan.ring_at = plan.inputs_at + round_up(std::max(products, weights), 128);
   plan.stage_bytes = kStepStage;

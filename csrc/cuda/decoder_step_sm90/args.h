@@ -6,7 +6,7 @@
 namespace gqa::cuda::decoder_step {
 
 constexpr int kWarps = kStepWarps, kConsumers = 32 * kWarps, kCopiers = 32 * kStepCopyWarps, kThreads = kStepThreads;
-constexpr int kTileRows = kStepTileRows, kKeys = kStepKeys, kKeyWarps = kStepKeyWarps, kMaxGroup = kStepGroup;
+constexpr int kTileRows = kStepTileRows, kKeys = kStepKeys, kMaxGroup = kStepGroup;
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Layer {

@@ -65,12 +65,11 @@ __device__ __forceinline__ void attend_part(const Args &p, Block &t, const Part 
 #pragma unroll 1
   for (int key = part.first; key < part.end; key += kKeys) {
     const int first = key + 16 * t.warp, keys = part.end - first, offset = 16 * t.warp * kPitch;
-    const bool scores = t.warp < kKeyWarps && keys > 0;
     const uint32_t bytes = bytes_of_keys<kDim>(min(kKeys, part.end - key));
     float s[4], top[2];
     s[0] = s[1] = s[2] = s[3] = __int_as_float(0xff800000);
     ring.wait_full(bytes);
-    if (scores) {
+    if (keys > 0) {
       if (first + 16 > part.length)
         fill_rows<kDim>(t, part, t.shared + (ring.data() - t.address) + offset, first, kNewKey, false);
       score<T, kDim>(p, t, ring.data() + offset, keys, s);
@@ -82,12 +81,12 @@ __device__ __forceinline__ void attend_part(const Args &p, Block &t, const Part 
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) top[e] = fmaxf(top[e], __shfl_xor_sync(~0u, top[e], step));
     }
-    if (t.warp < kKeyWarps && t.lane < 4) of.pair(of.tops(), t.warp)[t.lane] = make_float2(top[0], top[1]);
+    if (t.lane < 4) of.pair(of.tops(), t.warp)[t.lane] = make_float2(top[0], top[1]);
     sync_consumers();
     float factor[2];
     float2 all = make_float2(max[0], max[1]);
 #pragma unroll
-    for (int w = 0; w < kKeyWarps; ++w) {
+    for (int w = 0; w < kWarps; ++w) {
       const float2 other = of.pair(of.tops(), w)[t.lane % 4];
       all = make_float2(fmaxf(all.x, other.x), fmaxf(all.y, other.y));
     }
@@ -101,7 +100,7 @@ __device__ __forceinline__ void attend_part(const Args &p, Block &t, const Part 
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) o[e] *= factor[e % 2];
-    if (scores) {
+    if (keys > 0) {
       uint32_t *to = of.row(t.lane / 4) + 8 * t.warp + t.lane % 4;
       to[0] = transpose_matrix(pack<T>(s[0], s[1])), to[4] = transpose_matrix(pack<T>(s[2], s[3]));
     }
@@ -111,10 +110,10 @@ __device__ __forceinline__ void attend_part(const Args &p, Block &t, const Part 
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) sum[e] += __shfl_xor_sync(~0u, sum[e], step);
       }
-      if (t.warp < kKeyWarps && t.lane < 4) of.pair(of.sums(), t.warp)[t.lane] = make_float2(sum[0], sum[1]);
+      if (t.lane < 4) of.pair(of.sums(), t.warp)[t.lane] = make_float2(sum[0], sum[1]);
     }
     ring.wait_full(bytes);
-    if (scores && (first + 16 > part.length || keys < 16)) {
+    if (keys > 0 && (first + 16 > part.length || keys < 16)) {
       fill_rows<kDim>(t, part, t.shared + (ring.data() - t.address) + offset, first, kNewValue, true);
     }
     sync_consumers();
@@ -124,7 +123,7 @@ __device__ __forceinline__ void attend_part(const Args &p, Block &t, const Part 
       const int steps = (min(kKeys, part.end - key) + 15) / 16;
       float more[4] = {};
 #pragma unroll
-      for (int k = 0; k < kKeyWarps; k += 2) {
+      for (int k = 0; k < kWarps; k += 2) {
         if (k >= steps) continue;
         uint32_t a[2][4], b[4];
         load_matrices(b, weights + 32 * k);

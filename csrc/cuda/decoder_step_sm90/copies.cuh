@@ -43,8 +43,7 @@ struct Stages {
   const char *shared;
   const int warp, row;
   int i = 0;  // phase, of all layers'
-  int columns;
-  bool gated;
+  Matrix m;
   Slice slice;
   int first, column, rows;
   const char *from;
@@ -53,32 +52,31 @@ struct Stages {
       : p(args), shared(shared_), warp(threadIdx.x / 32 - kWarps), row(threadIdx.x % 32 * kStepCopyWarps + warp) {
     begin_phase();
   }
-  __device__ Phase phase() const { return i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4); }
   __device__ bool more() const { return i <= 4 * p.layers; }
-  __device__ uint32_t bytes() const { return 2 * min(slice.step, columns - column); }
+  __device__ uint32_t bytes() const { return 2 * min(slice.step, m.columns - column); }
   __device__ int rows_of_warp() const { return (rows - warp + kStepCopyWarps - 1) / kStepCopyWarps; }
 
   __device__ void begin_phase() {
     for (; more(); ++i) {
-      slice = slice_of(shared, phase());
+      const Phase phase = i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4);
+      slice = slice_of(shared, phase);
       if (slice.count() == 0) continue;
+      m = matrix_of<kDim>(p, p.layer[min(i / 4, p.layers - 1)], phase);
       first = slice.begin;
       return begin_tile();
     }
   }
   __device__ void begin_tile() {
-    const Matrix m = matrix_of<kDim>(p, p.layer[min(i / 4, p.layers - 1)], phase());
-    columns = m.columns, gated = m.gated;
-    const int tile = tile_of(gated), outputs = min(tile, slice.end - first);
+    const int tile = tile_of(m), outputs = min(tile, slice.end - first);
     slice.step = outputs == tile ? slice.full_step : slice.last_step;
-    rows = gated ? 2 * outputs : outputs;
+    rows = m.gated ? 2 * outputs : outputs;
     column = 0;
     from = row < rows ? weights_of(m, row, outputs, first) : nullptr;
   }
   __device__ void advance() {
     column += slice.step;
-    if (column < columns) return;
-    first += tile_of(gated);
+    if (column < m.columns) return;
+    first += tile_of(m);
     if (first < slice.end) return begin_tile();
     ++i;
     begin_phase();
@@ -110,7 +108,7 @@ __device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, con
         const char *from = (values ? layer.v_cache : layer.k_cache) + at + key * row_bytes;
         filler.make_room(bytes_of_keys<kDim>(keys));
         const uint32_t to = filler.ring.data();
-#pragma unroll 2
+#pragma unroll 4
         for (int j = thread; j < pieces; j += kCopiers) {
           const int row = j / kPieces, piece = j % kPieces;
           asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(

@@ -16,7 +16,7 @@ __device__ __forceinline__ void receive_inputs(const Args &p, const Block &t, co
   const int vectors = columns / 8;
   uint4 *to = input_row(p, t, 0, columns);
   int end = vectors;  // of the row
-  receive<4>(from, t.thread, kConsumers, p.rows * vectors, [&](int i, const uint4 &eight) {
+  receive<8>(from, t.thread, kConsumers, p.rows * vectors, [&](int i, const uint4 &eight) {
     while (i >= end) end += vectors, ++to;  // rows are one vector apart
     to[i] = eight;
   });
@@ -64,8 +64,8 @@ struct Norm {
 
   // `from` is nullptr for the step's own input.
   __device__ void apply(const Args &p, const Block &t, const uint16_t *from) const {
-    const int shift = p.rows == 1 ? 4 : p.rows == 2 ? 3 : p.rows <= 4 ? 2 : 1, warps = 1 << shift;
-    static_assert(kWarps == 16 && kStepRows <= 8);
+    const int shift = p.rows == 1 ? 3 : p.rows == 2 ? 2 : p.rows <= 4 ? 1 : 0, warps = 1 << shift;
+    static_assert(kWarps == 8 && kStepRows <= 8);
     const int row = t.warp >> shift, first = (t.warp & (warps - 1)) * 32 + t.lane, count = p.hidden / 8;
     const int step = 32 * warps;
     if (row < p.rows) {
@@ -77,7 +77,7 @@ struct Norm {
       };
       const int64_t at = static_cast<int64_t>(row) * p.hidden;
       if (from != nullptr) {
-        receive<2>(from + at, first, step, count, use);
+        receive<4>(from + at, first, step, count, use);
       } else {
 #pragma unroll 1
         for (int i = first; i < count; i += step) use(i, reinterpret_cast<const uint4 *>(p.input)[at / 8 + i]);

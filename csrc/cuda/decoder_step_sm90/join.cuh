@@ -14,7 +14,7 @@ struct Weights {
 
   __device__ uint32_t *row(int i) const { return reinterpret_cast<uint32_t *>(at + i * kStepWeightPitch); }
   __device__ float *tops() const { return reinterpret_cast<float *>(at + kStepGroup * kStepWeightPitch); }
-  __device__ float *sums() const { return tops() + kKeyWarps * kStepGroup; }
+  __device__ float *sums() const { return tops() + kWarps * kStepGroup; }
   __device__ float2 *pair(float *of, int warp) const { return reinterpret_cast<float2 *>(of + warp * kStepGroup); }
 };
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void hand_over(const Args &p, const Block &t, const P
     float total = 0;
     if (part.parts == 1 || t.warp == kWarps - 1) {
 #pragma unroll
-      for (int w = 0; w < kKeyWarps; ++w) total += of.sums()[w * kStepGroup + row];
+      for (int w = 0; w < kWarps; ++w) total += of.sums()[w * kStepGroup + row];
     }
     if (t.warp < kDim / 16) {
 #pragma unroll

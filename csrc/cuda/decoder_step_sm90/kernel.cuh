@@ -1,6 +1,6 @@
 // One token of each of up to 8 rows through all layers of a decoder, from its embedding to its logits.
 // A block an SM for the whole step: four warps copy its weights and cached keys through a ring in shared memory, as far
-// ahead as there is room, sixteen compute; blocks hand on activations whose own bits say that they are there.
+// ahead as there is room, eight compute; blocks hand on activations whose own bits say that they are there.
 // Memory order: each weight once, a tile of 16 rows at a time; the cached keys in their turn; activations through L2.
 // Limits: sm_90, all blocks resident at once; 16-bit types; dense contiguous weights and caches.
 // Determinism: sums in a fixed order; the parts of a row's keys depend on its length and on the number of rows.

@@ -48,13 +48,14 @@ __device__ __forceinline__ void multiply(const Args &p, Block &t, Ring &ring, Sl
 #pragma unroll 1
       for (int column = 0; column < m.columns; column += slice.step) {
         const int steps = min(slice.step, m.columns - column) >> 4;
-        int k = (steps >> 1) * t.warp / kWarps;
-        const int high = (steps >> 1) * (t.warp + 1) / kWarps;
+        int k = (steps >> 1) * t.warp >> 3;
+        const int high = (steps >> 1) * (t.warp + 1) >> 3;
         const uint32_t x = inputs + 2 * column;
         ring.wait_full(bytes);
         const uint32_t w = ring.data() + lane_at;
 #pragma unroll 1
-        for (; k + 2 <= high; k += 2) multiply_pairs<T, 2>(acc, w + 64 * k, x + 64 * k);
+        for (; k + 4 <= high; k += 4) multiply_pairs<T, 4>(acc, w + 64 * k, x + 64 * k);
+        if (k + 2 <= high) multiply_pairs<T, 2>(acc, w + 64 * k, x + 64 * k), k += 2;
         if (k < high) multiply_pairs<T, 1>(acc, w + 64 * k, x + 64 * k);
         if (steps % 2 != 0 && t.warp == 0) {
           uint32_t a[4], b[4];

@@ -64,7 +64,7 @@ __device__ __forceinline__ void rotate_head(T *row, const gqa_rotary &r, const f
   __syncwarp();
 }
 
-// A warp for each.
+// A warp has up to two heads: they come together.
 template <typename T, int kDim>
 __device__ __forceinline__ void stage_heads(const Args &p, const Layer &layer, Block &t, const Part &part,
                                             const uint16_t *qkv) {
@@ -73,18 +73,19 @@ __device__ __forceinline__ void stage_heads(const Args &p, const Layer &layer, B
   const auto head_of = [&](int j) {
     return j < group ? part.head * group + j : p.q_heads + (j == group ? 0 : p.kv_heads) + part.head;
   };
-  static_assert(kMaxGroup + 2 <= kWarps);
-  if (t.warp < rows) {
-    const int j = t.warp;
+  uint4 w[2] = {};
+  const bool first = t.warp < rows && t.lane < kDim / 8, second = t.warp + kWarps < rows && t.lane < kDim / 8;
+  do {
+    if (first) w[0] = look(from + head_of(t.warp) * kDim);
+    if (second) w[1] = look(from + head_of(t.warp + kWarps) * kDim);
+  } while ((first && !is_there(w[0])) || (second && !is_there(w[1])));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int j = t.warp + i * kWarps;
+    if (j >= rows) continue;
     const bool key = j == group, value = j > group;
     T *row = reinterpret_cast<T *>(head_at(t, key ? kNewKey : value ? kNewValue : j, kHeadPitch<kDim>));
-    if (t.lane < kDim / 8) {
-      uint4 w;
-      do {
-        w = look(from + head_of(j) * kDim);
-      } while (!is_there(w));
-      reinterpret_cast<uint4 *>(row)[t.lane] = w;
-    }
+    if (t.lane < kDim / 8) reinterpret_cast<uint4 *>(row)[t.lane] = w[i];
     __syncwarp();
     const char *norm = key ? layer.k_norm : layer.q_norm;
     if (!value && norm != nullptr) norm_head<T, kDim>(row, reinterpret_cast<const T *>(norm), p.eps, t.lane);

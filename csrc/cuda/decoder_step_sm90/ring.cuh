@@ -108,7 +108,7 @@ struct Slice {
   __device__ int pitch() const { return 2 * step + 16; }
 };
 
-__device__ __forceinline__ int tile_of(bool gated) { return gated ? kTileRows / 2 : kTileRows; }
+__device__ __forceinline__ int tile_of(const Matrix &m) { return m.gated ? kTileRows / 2 : kTileRows; }
 
 __device__ __forceinline__ int find_step(int columns, int rows, int room) {
   const int most = (room / rows - 16) / 64 * 32, stages = (columns + most - 1) / most;
@@ -119,7 +119,7 @@ __device__ __forceinline__ int4 find_slice(const Matrix &m, int stage_bytes) {
   const int each = m.outputs / gridDim.x, rest = m.outputs - each * gridDim.x, block = blockIdx.x;
   const int begin = each * block + min(block, rest), count = each + (block < rest);
   if (count == 0) return make_int4(begin, begin, 0, 0);
-  const int tile = tile_of(m.gated), scale = m.gated ? 2 : 1, last = (count - 1) % tile + 1;
+  const int tile = tile_of(m), scale = m.gated ? 2 : 1, last = (count - 1) % tile + 1;
   return make_int4(begin, begin + count, find_step(m.columns, tile * scale, stage_bytes),
                    find_step(m.columns, last * scale, stage_bytes));
 }
