@@ -110,7 +110,12 @@ def test_where_filters_end(guard: Guard, dtype: torch.dtype) -> None:
         "some dozens of tokens": 8.0 * normal,
         "some hundreds of tokens": 3.0 * normal,
     }
-    ends = [{"top_k": 60}, {"top_k": 130}, {"top_k": 3000, "top_p": 0.5}, {"top_p": 0.9, "min_p": 0.02}]
+    ends: list[dict[str, Any]] = [
+        {"top_k": 60},
+        {"top_k": 130},
+        {"top_k": 3000, "top_p": 0.5},
+        {"top_p": 0.9, "min_p": 0.02},
+    ]
     ends += [{"min_p": 0.9}, {"top_p": 0.999, "min_p": 0.7}, {"top_k": 15000, "min_p": 0.6}]
     for row in rows.values():
         for settings in ends:
