@@ -69,14 +69,24 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
         yield from _row_cases(settings, count, hidden, intermediate)
         yield from _rope_cases(settings, count, shapes.ROPE_HEADS)
     if not quick:
-        for shape in shapes.NORMS if settings.cuda else shapes.NORMS_CPU:
-            yield from _norm_cases(settings, shape.rows, shape.width)
-        for shape in shapes.SWIGLUS if settings.cuda else []:
-            yield _swiglu_case(settings, shape.rows, shape.width)
-        for count, heads in shapes.ROPES if settings.cuda else []:
-            yield from _rope_cases(settings, count, heads)
         for attention in shapes.OPS_CHAIN if settings.cuda else []:
             yield ops_chain.case(attention, intermediate, settings)
+        yield from _product_cases(settings, tokens, hidden, intermediate)
+        for case in _other_widths(settings):  # a second each for torch.compile is too long
+            case.contestants = [c for c in case.contestants if c.name != "torch.compile"]
+            yield case
+
+
+def _other_widths(settings: Settings) -> Iterator[Case]:
+    for shape in shapes.NORMS if settings.cuda else shapes.NORMS_CPU:
+        yield from _norm_cases(settings, shape.rows, shape.width)
+    for shape in shapes.SWIGLUS if settings.cuda else []:
+        yield _swiglu_case(settings, shape.rows, shape.width)
+    for count, heads in shapes.ROPES if settings.cuda else []:
+        yield from _rope_cases(settings, count, heads)
+
+
+def _product_cases(settings: Settings, tokens: list[int], hidden: int, intermediate: int) -> Iterator[Case]:
     for count in tokens:
         sizes = {"w_gate": (intermediate, hidden), "w_up": (intermediate, hidden), "w_down": (hidden, intermediate)}
         ours = Contestant(OURS, lambda x: gqa_kernels.swiglu_ffn(x["x"], x["w_gate"], x["w_up"], x["w_down"]))
@@ -135,7 +145,6 @@ def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) ->
         {"x": narrow, "residual": narrow},
         Contestant(OURS, lambda x: gqa_kernels.residual_add(x["x"], x["residual"])),
         lambda x: x["x"] + x["residual"],
-        compiled_too=False,  # eager is one kernel too
     )
     yield _swiglu_case(settings, rows, intermediate)
 
@@ -225,7 +234,6 @@ def _case(
     others: list[Contestant] | tuple[()] = (),
     *,
     eager_too: bool = True,
-    compiled_too: bool = True,
 ) -> Case:
     dtype = _dtype(settings)
 
@@ -249,7 +257,7 @@ def _case(
         contestants = ordinary(ours, 1, settings)
     contestants += others
     if eager_too:
-        found = [Contestant("torch eager", eager), *(peers.compiled(eager, settings.device) if compiled_too else [])]
+        found = [Contestant("torch eager", eager), *peers.compiled(eager, settings.device)]
         contestants += [replace(peer, host=not settings.cuda) for peer in found]
     return Case(
         group="ops",
