@@ -17,6 +17,7 @@ from benchmarks.check import assert_close, attention_rows, some_rows
 from benchmarks.report import Goal
 
 K = 1024
+DEVICE = "cuda"
 HEADS = "32:8 D128"
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DENSE = 8 * K  # tokens of the call that rates are compared with
@@ -41,7 +42,7 @@ def causal_pairs(queries: int, keys: int) -> float:
 
 
 def randn(tokens: int, heads: int) -> Tensor:
-    return torch.randn(1, tokens, heads, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(1, tokens, heads, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
 
 
 def qkv(queries: int, keys: int) -> Inputs:
@@ -58,7 +59,7 @@ def call(**options: Any) -> Call:
 
 def checker(causal: bool = True, **options: Any) -> Check:
     def check(x: Inputs, out: Tensor) -> None:
-        rows = some_rows(x["q"].shape[1], "cuda")
+        rows = some_rows(x["q"].shape[1], DEVICE)
         assert_close(out[:, rows], [attention_rows(x["q"], x["k"], x["v"], rows, causal, **options)])
 
     return check
@@ -103,7 +104,7 @@ def few_rows(queries: int, keys: int) -> Case:
         causal_pairs(queries, keys),
         limit="read",
         most_copies=8,
-        others=peers.fa3("cuda", True),
+        others=peers.fa3(DEVICE, True),
         goals=(Goal(share=0.7),) if queries <= READ_BOUND else (),
     )
 
@@ -114,7 +115,7 @@ def rated(shape: str, make: Callable[[], Inputs], run: Call, check: Check, pairs
 
 def ragged() -> Case:
     total = sum(LENGTHS)
-    offsets = torch.tensor([sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1)], dtype=torch.int32, device="cuda")
+    offsets = torch.tensor([sum(LENGTHS[:i]) for i in range(len(LENGTHS) + 1)], dtype=torch.int32, device=DEVICE)
 
     def run(x: Inputs) -> Tensor:
         q, k, v = (x[name][0] for name in ("q", "k", "v"))
@@ -140,8 +141,8 @@ def chunked(paged: bool) -> Case:
         x = qkv(CHUNK, CHUNK)
         whole = {name: randn(keys, KV_HEADS) for name in ("all_k", "all_v")}
         x["k"], x["v"] = (whole[name][:, PREFIX:].contiguous() for name in ("all_k", "all_v"))
-        x["table"] = torch.randperm(keys // PAGE, device="cuda").int()[None]
-        x["length"] = torch.full((1,), PREFIX, dtype=torch.int32, device="cuda")
+        x["table"] = torch.randperm(keys // PAGE, device=DEVICE).int()[None]
+        x["length"] = torch.full((1,), PREFIX, dtype=torch.int32, device=DEVICE)
         for name in ("k", "v"):
             cache = whole[f"all_{name}"].clone()
             if paged:  # page i of the sequence lies at table[i]
@@ -169,7 +170,7 @@ def appended(tokens: int) -> Case:
     name = f"{OURS} (k and v written to a cache)"
 
     def make() -> Inputs:
-        length = torch.zeros(1, dtype=torch.int32, device="cuda")
+        length = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         return qkv(tokens, tokens) | {
             "k_cache": randn(tokens, KV_HEADS),
             "v_cache": randn(tokens, KV_HEADS),
@@ -207,7 +208,7 @@ def against_full(tokens: int) -> Case:
 
 
 def sinking() -> Case:
-    sinks = torch.randn(Q_HEADS, device="cuda")
+    sinks = torch.randn(Q_HEADS, device=DEVICE)
     name, make = "causal B1 S8k, sinks", lambda: qkv(DENSE, DENSE)
     return rated(name, make, call(sinks=sinks), checker(sinks=sinks), causal_pairs(DENSE, DENSE), 0.85)
 

@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import decode_ways, ops_chain, shapes, tables
+from benchmarks import decode_ways, ops_chain, prefill_options, shapes, tables
 from benchmarks.__main__ import CASES, main, parse
 from benchmarks.case import OURS, Case, Contestant, measure
 from benchmarks.check import assert_close, attention_rows, some_rows
@@ -105,6 +105,20 @@ def test_other_work_is_compared_by_its_rate() -> None:
     rows = measure(case_, CPU)
     assert rows[-1].impl == "twice" and rows[-1].limit_us is None
     assert rows[-1].tflops == pytest.approx(200e-6 / rows[-1].us)
+
+
+def test_prefill_with_options_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case, with fewer tokens and heads: its own check passes, and its goal has what it compares with."""
+    small = {"K": 32, "DEVICE": "cpu", "Q_HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "DENSE": 128, "FEW_ROWS": (17, 64)}
+    small |= {"PREFIXES": (96,), "CHUNK": 32, "PREFIX": 128, "PAGE": 16, "WINDOW": 40, "LENGTHS": (1, 33, 70)}
+    for name, value in small.items():
+        monkeypatch.setattr(prefill_options, name, value)
+    seen = list(prefill_options.cases())
+    for one in seen:
+        rows = measure(one, CPU)
+        assert not one.skipped, one.skipped
+        assert all("did not run" not in goal.verdict(rows) for goal in one.goals)
+    assert len({one.name for one in seen}) == len(seen)
 
 
 def test_rows_are_checked_at_both_ends() -> None:
