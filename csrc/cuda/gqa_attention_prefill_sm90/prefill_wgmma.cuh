@@ -175,7 +175,7 @@ struct PrefillRows {
   __device__ __forceinline__ void store(const PrefillArgs &a, const PrefillWork &work, int row0,
                                         const PrefillSoftmax &softmax, unsigned char *own) {
     const gqa_attention_params &p = a.p;
-    const uint32_t lane = afresh(threadIdx.x) % 32u, corner = lane % 4;  // not kept in registers, which are short
+    const int lane = afresh(threadIdx.x) % 32, corner = lane % 4;  // not kept in registers, which are short
     float factor[2], lse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -206,7 +206,7 @@ struct PrefillRows {
     constexpr uint32_t kChunks = kDim / 8;                                       // of 16 bytes in a row
     constexpr uint32_t kWide = kChunks == 12 ? 4 : kChunks, kTall = 32 / kWide;  // a warp's: chunks of so many rows
     constexpr int kSteps = 16 / kTall, kAtOnce = kSteps < 4 ? kSteps : 4;
-    const uint32_t chunk = lane % kWide, row = lane / kWide;
+    const uint32_t chunk = static_cast<uint32_t>(lane) % kWide, row = static_cast<uint32_t>(lane) / kWide;
     const int first = row0 - static_cast<int>(lane / 4 - row);
     const int64_t step = p.out_stride[1] * kTall;
 #pragma unroll
