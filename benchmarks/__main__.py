@@ -1,9 +1,10 @@
 """``python -m benchmarks [decode|prefill|ops|sample|model ...] [--shapes TEXT] [--out DIR] [--device D] [--quick]
-[--seconds S] [--commit SHA] [--compile [TEXT]]``"""
+[--seconds S] [--commit SHA] [--compile [PATTERN]]``"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import decode, model, ops, peers, prefill, sample
+from benchmarks import decode, ops, peers, prefill, sample
 from benchmarks.case import Case, measure
 from benchmarks.limits import reader_name
-from benchmarks.report import Row, circumstances, file_stem, table, write_json, write_plot
+from benchmarks.report import Row, aims_table, circumstances, file_stem, ratios_table, table, write_json, write_plot
 from benchmarks.timing import Settings
 
 CASES: dict[str, Callable[[Settings, bool], Iterator[Case]]] = {
@@ -29,14 +30,16 @@ GROUPS = [*CASES, "model"]
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Measures the ops against limits and peers.")
     parser.add_argument("groups", nargs="*", metavar="group", help=f"any of {', '.join(GROUPS)}; all by default")
-    parser.add_argument("--shapes", default="", metavar="TEXT", help="only cases whose op and shape contain TEXT")
+    parser.add_argument(
+        "--shapes", default="", metavar="TEXT", help="only cases whose op and shape contain TEXT, or one of TEXT,TEXT"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.0, help="for each measurement; 0.1 on CUDA, 0.02 on a CPU")
     parser.add_argument("--quick", action="store_true", help="a few cases: on CUDA those with a promised floor")
     parser.add_argument("--commit", metavar="SHA", help="what to record as the commit, for a tree without git")
-    compiled = "model: also transformers' compiled steps, of models whose name contains TEXT; a minute each"
-    parser.add_argument("--compile", nargs="?", const="", metavar="TEXT", help=compiled)
+    compiled = "model: also transformers' compiled steps, of models in whose name PATTERN is found; half a minute each"
+    parser.add_argument("--compile", nargs="?", const="", metavar="PATTERN", help=compiled)
     options = parser.parse_args(argv)
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
@@ -54,24 +57,31 @@ def run_group(
     skipped: dict[str, dict[str, str]] = {}
     verdicts: list[str] = []
     if group == "model":
+        from benchmarks import model  # transformers take seconds to import
+
         models = [m for m in model.wanted(settings, options.quick) if options.shapes in m.name]
         try:
             for wanted in tqdm(models, desc=group, disable=None):
-                rows += model.measure(wanted, settings, options.compile is not None and options.compile in wanted.name)
-        except KeyboardInterrupt:  # a long run, of which the models before are worth keeping
+                compiled = options.compile is not None and re.search(options.compile, wanted.name) is not None
+                rows += model.measure(wanted, settings, compiled)
+        except KeyboardInterrupt:  # as below
             print(f"interrupted after {len(rows)} rows")
         return rows, skipped, verdicts
-    cases = [case for case in CASES[group](settings, options.quick) if options.shapes in case.name]
+    wanted_names = options.shapes.split(",")
+    cases = [case for case in CASES[group](settings, options.quick) if any(name in case.name for name in wanted_names)]
     progress = tqdm(cases, desc=group, disable=None)
-    for case in progress:
-        progress.set_postfix_str(case.name)
-        measured = measure(case, settings)
-        rows += measured
-        if case.skipped:
-            skipped[case.name] = case.skipped
-        verdicts += [goal.verdict(measured) for goal in case.goals]
-        if settings.cuda:
-            torch.cuda.empty_cache()
+    try:
+        for case in progress:
+            progress.set_postfix_str(case.name)
+            measured = measure(case, settings)
+            rows += measured
+            if case.skipped:
+                skipped[case.name] = case.skipped
+            verdicts += [goal.verdict(measured) for goal in case.goals]
+            if settings.cuda:
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:  # a long run, of which the cases before are worth keeping
+        print(f"interrupted after {len(rows)} rows")
     return rows, skipped, verdicts
 
 
@@ -86,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         if not rows:
             continue
         title = f"{group} on {about.get('gpu', 'the CPU')}, torch {about['torch']}"
-        print(f"\n{title}\n{table(rows)}")
+        print(f"\n{title}\n" + "\n\n".join(filter(None, (table(rows), aims_table(rows), ratios_table(rows)))))
         for case, reasons in skipped.items():
             print(f"{case}: " + "; ".join(f"{peer} refused ({reason})" for peer, reason in reasons.items()))
         for verdict in verdicts:

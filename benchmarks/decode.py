@@ -1,32 +1,27 @@
-"""Decode attention: one query token over a full cache, bfloat16 or quantised, against the read floor."""
+"""Decode attention over a cache, bfloat16 or quantised, against the read floor; in other ways than the plain call; and
+in a chain of ops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 import gqa_kernels
-from benchmarks import peers, shapes
+from benchmarks import decode_launches, decode_ways, peers, shapes
 from benchmarks.case import OURS, Case, Contestant, Inputs
 from benchmarks.check import assert_close, attention_rows
-from benchmarks.report import Goal
+from benchmarks.decode_ways import CAPTURED_AT_1
+from benchmarks.report import Aim, Goal
 from benchmarks.shapes import Attention
 from benchmarks.timing import Settings
 
 E4M3, INT8 = torch.float8_e4m3fn, torch.int8
 UNQUANTISED = OURS + " (bfloat16 cache)"
-CAPTURED_AT_1 = OURS + " (captured at 1)"  # a graph captured at length 1, replayed at the lengths of the case
-
-
-@contextmanager
-def _at_length_1(x: Inputs) -> Iterator[None]:
-    lengths = x["lengths"].clone()
-    x["lengths"].fill_(1)
-    yield
-    x["lengths"].copy_(lengths)
+ABOVE_FLOOR = Aim(factor=1.03, plus=1.4)
+RAGGED_ABOVE_FLOOR = Aim(factor=1.10)
+QUANTISED = Aim(factor=0.56, beside=UNQUANTISED)
 
 
 def cases(settings: Settings, quick: bool) -> Iterator[Case]:
@@ -38,19 +33,24 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
         yield _case(shape, settings)
     for shape in shapes.DECODE_QUANTISED if settings.cuda and not quick else []:
         yield _quantised(shape, settings)
+    for shape in shapes.DECODE_CHAIN if settings.cuda and not quick else []:
+        yield decode_launches.chain(shape, settings)
+    for shape in shapes.DECODE_HOST if settings.cuda and not quick else []:
+        yield decode_launches.host(shape, settings)
 
 
 def _quantised(shape: Attention, settings: Settings) -> Case:
     """The same keys and values in caches of three dtypes, which hold them exactly: eighths up to 2."""
     cache = shape.batch, shape.seqlen, shape.kv_heads, shape.head_dim
     options = {"dtype": torch.int8, "device": settings.device}
+    lengths = torch.full((shape.batch,), shape.seqlen, dtype=torch.int32, device=settings.device)
 
     def make() -> Inputs:
         k, v = (torch.randint(-16, 17, cache, **options) for _ in range(2))
         q = shape.batch, 1, shape.q_heads, shape.head_dim
         return {
             "q": torch.randn(q, device=settings.device, dtype=torch.bfloat16),
-            "lengths": torch.full((shape.batch,), shape.seqlen, dtype=torch.int32, device=settings.device),
+            "lengths": lengths,
             "scale": torch.full((1,), 0.125, device=settings.device),
             "k8": k,
             "v8": v,
@@ -81,32 +81,37 @@ def _quantised(shape: Attention, settings: Settings) -> Case:
         shape=shape.decode_name + " float8_e4m3fn cache",
         make=make,
         contestants=[
-            Contestant(OURS, call("ke", "ve")),
-            Contestant(OURS + " (int8 cache)", call("k8", "v8")),
-            Contestant(UNQUANTISED, call("k", "v")),
+            Contestant(OURS, call("ke", "ve"), aim=QUANTISED),
+            Contestant(OURS + " (int8 cache)", call("k8", "v8"), aim=QUANTISED, host=False),
+            Contestant(UNQUANTISED, call("k", "v"), host=False),
         ],
         check=check,
         limit="read",
         traffic=2 * keys,
         flops=4.0 * keys * (shape.q_heads // shape.kv_heads),
-        goals=(Goal(beside=(UNQUANTISED, 0.56)),),
     )
 
 
 def _case(shape: Attention, settings: Settings) -> Case:
     dtype = torch.bfloat16 if settings.cuda else torch.float32
     lengths = list(shape.lengths) or [shape.seqlen] * shape.batch
+    in_ways = shape in (shapes.DECODE_WAYS if settings.cuda else shapes.DECODE_CPU_WAYS)
+    shared: Inputs = {}  # what all layers of a step have in common: made once, and so not cold
 
     def make() -> Inputs:
         def randn(*size: int) -> Tensor:
             return torch.randn(size, device=settings.device, dtype=dtype)
 
+        if not shared:
+            shared["lengths"] = torch.tensor(lengths, dtype=torch.int32, device=settings.device)
+            shared.update(decode_ways.shared_inputs(shape, settings.device) if in_ways else {})
         cache = shape.batch, shape.seqlen, shape.kv_heads, shape.head_dim
         return {
             "q": randn(shape.batch, 1, shape.q_heads, shape.head_dim),
             "k": randn(*cache),
             "v": randn(*cache),
-            "lengths": torch.tensor(lengths, dtype=torch.int32, device=settings.device),
+            **(decode_ways.inputs(shape, settings.device, dtype) if in_ways else {}),
+            **shared,
         }
 
     def check(x: Inputs, out: Tensor) -> None:
@@ -120,9 +125,11 @@ def _case(shape: Attention, settings: Settings) -> Case:
         out: Tensor = gqa_kernels.gqa_attention_decode(x["q"], x["k"], x["v"], cache_seqlens=x["lengths"])
         return out
 
-    ours = [Contestant(OURS, call)]
+    ours = [Contestant(OURS, call, aim=RAGGED_ABOVE_FLOOR if shape.lengths else ABOVE_FLOOR)]
     if settings.cuda:
-        ours.append(Contestant(CAPTURED_AT_1, call, capturing=_at_length_1))
+        ours += decode_ways.everywhere(call)
+    if in_ways:
+        ours += decode_ways.ways(settings)
     keys = sum(lengths) * shape.kv_heads * shape.head_dim
     is_floor = settings.cuda and shape in shapes.DECODE_QUICK
     return Case(
@@ -136,4 +143,5 @@ def _case(shape: Attention, settings: Settings) -> Case:
         traffic=2 * keys * dtype.itemsize,
         flops=4.0 * sum(lengths) * shape.q_heads * shape.head_dim,
         goals=(Goal(share=1 / 3), Goal(at_most=(CAPTURED_AT_1, 1.1))) if is_floor else (),
+        goal_us=shapes.DECODE_GOALS.get(shape.decode_name) if settings.cuda else None,
     )

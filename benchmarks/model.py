@@ -15,13 +15,20 @@ import gqa_kernels
 import gqa_kernels.hf
 from benchmarks import shapes
 from benchmarks.case import OURS
+from benchmarks.limits import read_us
 from benchmarks.report import Row
 from benchmarks.shapes import Model
 from benchmarks.timing import Settings
+from gqa_kernels.hf.generation.graphs import kept_for
 
 REPEATS = 3
 HF_GENERATE = f"{OURS} hf.generate"
-CHECKED_TOKENS = 8
+EAGER, COMPILED = "transformers", "transformers compile"
+PROMPT_ALONE = f"{HF_GENERATE}, the prompt alone"
+FLOOR = "reading all once"
+FEW_TOKENS = 8  # checked; and what a compiled call may need to record its steps anew
+CHECKED_ROWS = 4
+SHORT_PROMPT = 10
 
 Generate = Callable[[int], Tensor]
 
@@ -70,17 +77,18 @@ def _contestants(
 
     yield HF_GENERATE, nullcontext, lambda tokens: gqa_kernels.hf.generate(built, ids, max_new_tokens=tokens)
     yield OURS, lambda: gqa_kernels.patched(built), generate
-    yield "transformers", nullcontext, generate
+    yield EAGER, nullcontext, generate
     if compiled:
-        yield "transformers compile", nullcontext, lambda tokens: generate(tokens, cache_implementation="static")
+        yield COMPILED, nullcontext, lambda tokens: generate(tokens, cache_implementation="static")
 
 
 def _check(built: Any, ids: Tensor, generated: Tensor) -> None:
     """Each token is the float32 model's choice, wherever that is further ahead than twice what rounding the unpatched
     model to its dtype changes."""
-    if generated.shape != (ids.shape[0], ids.shape[1] + CHECKED_TOKENS):
+    if generated.shape != (ids.shape[0], ids.shape[1] + FEW_TOKENS):
         raise AssertionError(f"generated {tuple(generated.shape)} of a prompt {tuple(ids.shape)}")
-    options = {"logits_to_keep": CHECKED_TOKENS + 1}
+    generated = generated[:CHECKED_ROWS]
+    options = {"logits_to_keep": FEW_TOKENS + 1}
     theirs = built(generated, **options).logits[:, :-1].float()
     exact = copy.deepcopy(built).float()(generated, **options).logits[:, :-1]
     best, noise = exact.topk(2, dim=-1).values, (theirs - exact).abs().amax(-1)
@@ -102,29 +110,83 @@ def _seconds(generate: Generate, tokens: int, settings: Settings) -> float:
     return sorted(times)[REPEATS // 2]
 
 
+def _times(generate: Generate, new_tokens: int, settings: Settings) -> tuple[float, float]:
+    """Seconds to the first token, in a call that is not the first, and for each further one."""
+    first, few = _seconds(generate, 1, settings), _seconds(generate, FEW_TOKENS, settings)
+    return first, (_seconds(generate, new_tokens, settings) - few) / (new_tokens - FEW_TOKENS)
+
+
+def _prompt_seconds(built: Any, ids: Tensor, settings: Settings) -> float:
+    """The prompt through the layers, one time right after the other: what the device takes for it."""
+    prefill = kept_for(built).stepper(*ids.shape, None).prefill
+
+    def often() -> float:
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            prefill(ids, padded=False)
+        if settings.cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / REPEATS
+
+    often()
+    return often()
+
+
+def _bytes_of_a_step(built: Any, model: Model) -> int:
+    """Every weight once, but an embedding that is not the head too, and every key and value."""
+    weights = {weight.data_ptr(): weight.nbytes for weight in built.parameters()}
+    if not model.tied:
+        del weights[built.get_input_embeddings().weight.data_ptr()]
+    keys = model.layers * model.batch * model.prompt * model.kv_heads * (model.hidden // model.q_heads)
+    return sum(weights.values()) + 2 * keys * built.dtype.itemsize
+
+
+def _short_prompt(built: Any, model: Model, settings: Settings) -> Iterator[Row]:
+    """The first token after a few, and further ones."""
+    ids = torch.randint(1, model.vocab, (1, SHORT_PROMPT), device=settings.device)
+
+    def generate(tokens: int) -> Tensor:
+        return gqa_kernels.hf.generate(built, ids, max_new_tokens=tokens)
+
+    for _ in range(2):
+        generate(FEW_TOKENS)
+    first, each = _times(generate, model.new_tokens, settings)
+    yield Row("model", "prefill", f"{model.name}, {SHORT_PROMPT} tokens", HF_GENERATE, call_us=first * 1e6)
+    yield Row("model", "decode", f"{model.name} at {SHORT_PROMPT}", HF_GENERATE, call_us=each * 1e6)
+
+
 def measure(model: Model, settings: Settings, compiled: bool = False) -> Iterator[Row]:
     """Prefill is the time to the first token, in a call that is not the first; decode what each further token costs."""
     rows: list[Row] = []
+    prompts, steps = f"{model.name}, {model.prompt} tokens", f"{model.name} at {model.prompt}"
     with torch.no_grad():
         built = build(model, settings, torch.bfloat16 if settings.cuda else torch.float32)
         ids = torch.randint(1, model.vocab, (model.batch, model.prompt), device=settings.device)  # 0 pads
+        checked: Tensor | None = None
         for name, context, generate in _contestants(built, ids, compiled):
             with context():
                 generate(model.new_tokens)
-                tokens = generate(CHECKED_TOKENS)
-                first = _seconds(generate, 1, settings)
-                each = (_seconds(generate, model.new_tokens, settings) - first) / (model.new_tokens - 1)
-            if name.startswith(OURS):
+                tokens = generate(FEW_TOKENS)
+                first, each = _times(generate, model.new_tokens, settings)
+            if name.startswith(OURS) and (checked is None or not torch.equal(tokens, checked)):
                 _check(built, ids, tokens)
-            prefill = Row("model", "prefill", f"{model.name}, {model.prompt} tokens", name, call_us=first * 1e6)
+                checked = tokens
+            prefill = Row("model", "prefill", prompts, name, call_us=first * 1e6)
             prefill.tokens_per_s = model.batch * model.prompt / first
-            decode = Row("model", "decode", f"{model.name} at {model.prompt}", name, call_us=each * 1e6)
+            decode = Row("model", "decode", steps, name, call_us=each * 1e6)
             decode.tokens_per_s = model.batch / each
             rows += [prefill, decode]
+            if name == HF_GENERATE:
+                alone = _prompt_seconds(built, ids, settings)
+                rows.append(Row("model", "prefill", prompts, PROMPT_ALONE, call_us=alone * 1e6))
+        if model.batch == 1:
+            rows += _short_prompt(built, model, settings)
         gqa_kernels.hf.release(built)
+        floor = read_us(_bytes_of_a_step(built, model), settings)
+        rows.append(Row("model", "decode", steps, FLOOR, call_us=floor))
     for row in rows:
-        peers = [peer for peer in rows if peer.op == row.op and not peer.impl.startswith(OURS)]
-        if row.impl.startswith(OURS):
+        peers = [peer for peer in rows if peer.shape == row.shape and peer.impl in (EAGER, COMPILED)]
+        if row.impl in (OURS, HF_GENERATE) and peers:
             best = min(peers, key=lambda peer: peer.us)
             row.best_peer, row.vs_best_peer = best.impl, best.us / row.us
-    yield from sorted(rows, key=lambda row: row.op, reverse=True)
+    yield from sorted(rows, key=lambda row: (row.shape, row.op), reverse=True)

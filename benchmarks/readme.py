@@ -1,4 +1,5 @@
-"""``python -m benchmarks.readme`` writes the README's tables and picture and a notebook from the last run's results.
+"""``python -m benchmarks.readme`` writes the tables of README, docs/decode.md and docs/generation.md, a picture and a
+notebook from the last run's results.
 
 No number is typed by hand.
 """
@@ -11,17 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import picture
+from benchmarks import generation, picture, tables
+from benchmarks.model import COMPILED, EAGER, HF_GENERATE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README, DECODE, GENERATION = ROOT / "README.md", ROOT / "docs" / "decode.md", ROOT / "docs" / "generation.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.readme -->\n", "<!-- end of numbers -->\n"
 OURS = "gqa_kernels"
 TITLES = {
     "decode": "Decode attention, bfloat16, one query, cold cache; the limit is a kernel that only reads the cache",
     "prefill": "Prefill attention, bfloat16; the limit is a matrix product of as many operations",
-    "ops": "Memory-bound ops, bfloat16; the limit is a copy of as many bytes",
+    "ops": "Memory-bound ops, bfloat16, us; the limit is a copy of as many bytes, or reading the weights",
     "sample": "Sampling, bfloat16 logits; the limit is a kernel that only reads them",
 }
 
@@ -44,13 +46,14 @@ def is_peer(row: dict[str, Any], mine: dict[str, Any]) -> bool:
 
 
 def model_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| | hf.generate tokens/s | patched | best of transformers |", "|---|---|---|---|"]
+    """Tokens a second of each way to generate."""
+    ways = [way for way in (HF_GENERATE, OURS, COMPILED, EAGER) if any(row["impl"] == way for row in rows)]
+    names = {HF_GENERATE: "hf.generate", OURS: "patched", COMPILED: "transformers, compiled", EAGER: "transformers"}
+    lines = [f"| tokens/s | {' | '.join(names[way] for way in ways)} |", "|---" * (len(ways) + 1) + "|"]
     for mine in rows:
         if mine["impl"] == OURS:
-            peer = next(row for row in rows if is_peer(row, mine))
-            same = (row for row in rows if (row["op"], row["shape"]) == (mine["op"], mine["shape"]))
-            whole = next((f"{row['tokens_per_s']:.4g}" for row in same if row["impl"] == f"{OURS} hf.generate"), "")
-            speeds = f"{whole} | {mine['tokens_per_s']:.4g} | {peer['tokens_per_s']:.4g}"
+            same = {row["impl"]: row for row in rows if (row["op"], row["shape"]) == (mine["op"], mine["shape"])}
+            speeds = " | ".join(f"{same[way]['tokens_per_s']:.4g}" if way in same else "" for way in ways)
             lines.append(f"| {mine['op']}, {mine['shape']} | {speeds} |")
     return lines
 
@@ -74,16 +77,43 @@ def render() -> str:
         "",
     ]
     for group, result in results.items():
-        lines += [titles[group] + ":", "", *(model_table if group == "model" else table)(result["rows"]), ""]
+        write = {
+            "model": model_table,
+            "decode": tables.side_by_side,
+            "prefill": tables.side_by_side,
+            "ops": tables.ops,
+        }.get(group, table)
+        lines += [titles[group] + ":", "", *write(result["rows"]), ""]
     return BEGIN + "\n" + "\n".join(lines) + END
 
 
-def replaced(text: str) -> str:
+def render_decode() -> str:
+    """The same part of docs/decode.md."""
+    result = json.loads(path_of("decode").read_text())
+    about = f"{result['gpu']}, driver {result['driver']}, torch {result['torch']}, commit {result['commit'][:10]}"
+    lines = [f"`{result['command']}`, {about}:", ""]
+    for write in (tables.decode_aims, tables.decode_ways, tables.decode_quantised, tables.decode_others):
+        found = write(result["rows"])
+        lines += [*found, ""] if found else []
+    return BEGIN + "\n" + "\n".join(lines) + END
+
+
+def replaced(text: str, rendered: str) -> str:
     before, _, rest = text.partition(BEGIN)
-    return before + render() + rest.partition(END)[2]
+    return before + rendered + rest.partition(END)[2]
+
+
+def render_generation() -> str:
+    return BEGIN + generation.render(json.loads(path_of("model").read_text())) + END
+
+
+def pages() -> list[tuple[Path, str]]:
+    """Each page that has tables of measured numbers, with these tables."""
+    return [(README, render()), (DECODE, render_decode()), (GENERATION, render_generation())]
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text()))
+    for path, rendered in pages():
+        path.write_text(replaced(path.read_text(), rendered))
     picture.PICTURE.write_text(picture.render())
     subprocess.run([sys.executable, ROOT / "examples/notebooks/execute.py", "04_benchmarks.ipynb"], check=True)

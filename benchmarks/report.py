@@ -33,6 +33,9 @@ class Row:
     tokens_per_s: float | None = None
     best_peer: str | None = None
     vs_best_peer: float | None = None  # the best peer's time over ours
+    beside: str | None = None  # whose time it is judged by, if not the limit
+    aim_us: float | None = None  # what it should take at most, from other times of the same run
+    goal_us: float | None = None  # the same, as it was set in advance
 
     @property
     def us(self) -> float:
@@ -40,15 +43,32 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Aim:
+    """At most ``factor`` times the limit's time, or ``plus`` microseconds more, whichever is longer; or, instead of the
+    limit, than another contestant's ``beside`` it. Without either it is only compared."""
+
+    factor: float | None = None
+    plus: float | None = None
+    beside: str = ""
+
+    def us(self, base: float) -> float | None:
+        bounds = [base * self.factor] if self.factor is not None else []
+        bounds += [base + self.plus] if self.plus is not None else []
+        return max(bounds, default=None)
+
+
+@dataclass(frozen=True)
 class Goal:
     """A floor under our speed: ``share`` of the limit, ``rate`` in bytes/s, or ``peer`` x that peer's speed; or, for
-    another way to run the same call, ``at_most`` x our time; or ours is at most a share of the time ``beside`` it."""
+    another way to run the same call, ``at_most`` x our time; or ours is at most a share of the time ``beside`` it; or
+    at least ``rate_of`` x the operations per second of one that does other work."""
 
     share: float | None = None
     rate: float | None = None
     peer: tuple[str, float] | None = None
     at_most: tuple[str, float] | None = None
     beside: tuple[str, float] | None = None
+    rate_of: tuple[str, float] | None = None
 
     def verdict(self, rows: list[Row]) -> str:
         ours = rows[0]
@@ -59,12 +79,15 @@ class Goal:
             rate = ours.bytes_per_s or 0.0
             text, met = f"{rate / 1e12:.2f} TB/s, at least {self.rate / 1e12:.1f}", rate >= self.rate
         else:
-            name, factor = self.peer or self.at_most or self.beside or ("", 0.0)
+            name, factor = self.peer or self.at_most or self.beside or self.rate_of or ("", 0.0)
             other = next((row for row in rows if row.impl == name), None)
             if other is None:
                 return f"{ours.op} {ours.shape}: {name} did not run"
             ratio = other.us / ours.us
-            if self.peer is not None:
+            if self.rate_of is not None:
+                ratio = (ours.tflops or 0.0) / (other.tflops or float("inf"))
+                text, met = f"{ratio:.3f} x the rate of {name}, at least {factor:.3f} x", ratio >= factor
+            elif self.peer is not None:
                 text, met = f"{ratio:.2f} x {name}, at least {factor:.2f} x", ratio >= factor
             elif self.beside is not None:
                 text, met = f"{1 / ratio:.3f} x the time of {name}, at most {factor} x", 1 / ratio <= factor
@@ -90,8 +113,48 @@ def _cells(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = [COLUMNS] + [_cells(row) for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return _aligned(COLUMNS, [_cells(row) for row in rows])
+
+
+def _verdict(us: float, most: float | None) -> str:
+    return "-" if most is None else "met" if us <= most else f"missed by {us - most:.2g}"
+
+
+def aims_table(rows: list[Row]) -> str:
+    """One line for each shape that has an aim: ours and the peers side by side, and whether it is met. "" without."""
+    plain = [row for row in rows if "(" not in row.impl and not row.beside]
+    judged = [row for row in plain if row.aim_us is not None]
+    if not judged:
+        return ""
+    others = [row for row in plain if row.impl != judged[0].impl]
+    peers = list(dict.fromkeys(row.impl for row in others))
+    head = ["shape", "", "limit us", judged[0].impl, *peers, "aim us", "", "goal us", ""]
+    lines = []
+    for row in judged:
+        times = {other.impl: other.us for other in others if (other.op, other.shape) == (row.op, row.shape)}
+        numbers = [row.limit_us, row.us, *(times.get(peer) for peer in peers)]
+        ends = [_number(row.aim_us), _verdict(row.us, row.aim_us), _number(row.goal_us), _verdict(row.us, row.goal_us)]
+        lines.append([f"{row.op} {row.shape}", "", *(_number(number) for number in numbers), *ends])
+    return _aligned(head, lines)
+
+
+def ratios_table(rows: list[Row]) -> str:
+    """One line for each time that is judged by another one of its shape. "" if none is."""
+    head = ["shape", "by", "us", "beside", "us", "ratio", "at most", ""]
+    lines = []
+    for row in rows:
+        other = next((o for o in rows if (o.op, o.shape, o.impl) == (row.op, row.shape, row.beside)), None)
+        if other is not None:
+            most = "-" if row.aim_us is None else f"{row.aim_us / other.us:.3f}"
+            times = _number(row.us), other.impl, _number(other.us), f"{row.us / other.us:.3f}"
+            lines.append([f"{row.op} {row.shape}", row.impl, *times, most, _verdict(row.us, row.aim_us)])
+    return _aligned(head, lines) if lines else ""
+
+
+def _aligned(head: list[str], cells: list[list[str]]) -> str:
+    """A first cell that repeats the one above is left empty; all but the first two are set to the right."""
+    lines = [head, *cells]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = []
     for i, line in enumerate(lines):
         repeated = i > 1 and line[0] == lines[i - 1][0]
@@ -165,6 +228,7 @@ def write_plot(path: Path, rows: list[Row], title: str) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if "(" not in row.impl]  # not the other ways to run the same call
     shapes = list(dict.fromkeys(f"{row.op}\n{row.shape}" for row in rows))
     impls = list(dict.fromkeys(row.impl for row in rows))
     width = 0.8 / len(impls)

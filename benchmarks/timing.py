@@ -49,16 +49,17 @@ def kernel_us(
     inputs: Sequence[T],
     settings: Settings,
     capturing: Callable[[T], AbstractContextManager[Any]] = nullcontext,
+    edit: Callable[[torch.cuda.CUDAGraph], None] | None = None,
 ) -> float:
     """Microseconds of device time of one call: a graph of calls, each on the next inputs, is replayed and divided.
 
     Outputs are kept for one lap, so that writes go to memory that is as cold as the inputs. ``capturing`` may give the
-    inputs other values in place for as long as the graph is captured.
+    inputs other values in place for as long as the graph is captured, ``edit`` change what was captured.
     """
     stream = torch.cuda.Stream()
     laps = math.ceil(FEWEST_CALLS / len(inputs))
     kept: deque[Any] = deque(maxlen=len(inputs))
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=edit is not None)
     with ExitStack() as changed:
         for values in inputs:
             changed.enter_context(capturing(values))
@@ -71,6 +72,9 @@ def kernel_us(
             for _ in range(laps):
                 for values in inputs:
                     kept.append(call(values))
+    if edit is not None:
+        edit(graph)
+        graph.instantiate()
     first = _replay_ms(graph, 1)
     times = 1 + int(1000 * settings.seconds / BLOCKS / max(first, 1e-3))
     blocks = sorted(_replay_ms(graph, times) / times for _ in range(BLOCKS))

@@ -144,8 +144,8 @@ def support_tables() -> str:
         raise SystemExit("head_dims are no longer the multiples of 8, or a ratio is refused: say so here")
     lines = [
         f"Attention: bfloat16 unless said otherwise, any head_dim that is a multiple of 8 up to {dims[-1]}, any "
-        "number of query heads to a KV head, any page size (wgmma: multiples of 16). Planned for 4 sequences, 32 "
-        "heads over 8, head_dim 128, prompts of 2048, caches of 4096:",
+        "number of query heads to a KV head, any page size (wgmma over pages: multiples of 16 rows, head_dim 64, 96, "
+        "128 or 256). Planned for 4 sequences, 32 heads over 8, head_dim 128, prompts of 2048, caches of 4096:",
         "",
         "| | CPU | sm_80 and newer | sm_90 |",
         "|---|---|---|---|",

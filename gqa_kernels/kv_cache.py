@@ -94,10 +94,10 @@ class BaseCache(ABC):
             )
         return values.expand(shape).contiguous()
 
-    def _scaled(self, layer: int, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of a call on one layer, with the scales of its cache."""
+    def scales(self, layer: int) -> dict[str, Any]:
+        """The keywords that tell an op what one layer's numbers stand for: ``k_scale`` and ``v_scale``, where given."""
         scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
-        return {**options, **{name: scale[layer] for name, scale in scales.items() if scale is not None}}
+        return {name: scale[layer] for name, scale in scales.items() if scale is not None}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +106,12 @@ class BaseCache(ABC):
     @property
     def device(self) -> torch.device:
         return self._k.device
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of every row; None where rows differ, or only the device knows."""
+        lengths = {*self._lowest, *self._highest}
+        return lengths.pop() if len(lengths) == 1 else None
 
     @property
     def length_bound(self) -> int:
@@ -132,7 +138,7 @@ class BaseCache(ABC):
         :func:`kv_cache_append` (rotation, left padding). The lengths move with ``advance``, once for all layers."""
         k_cache, v_cache = self.layer(layer)
         self.reserve(self._tokens(k))
-        kv_cache_append(k, v, k_cache, v_cache, **self.where(), **self._scaled(layer, options))
+        kv_cache_append(k, v, k_cache, v_cache, **self.where(), **options, **self.scales(layer))
 
     def attend(self, layer: int, q: Tensor, k: Tensor | None = None, v: Tensor | None = None, **options: Any) -> Any:
         """Attention over one layer, appending k and v first where given: :func:`gqa_attention_decode` up to 16 query
@@ -143,7 +149,7 @@ class BaseCache(ABC):
         ragged = options.get("cu_seqlens_q") is not None
         if k is not None:
             self.reserve(self._longest(options.get("max_seqlen_q")) if ragged else self._tokens(k))
-        options = self._scaled(layer, options)
+        options = {**options, **self.scales(layer)}
         if not ragged and 1 <= q.shape[1] <= MAX_DECODE_QUERIES and options.get("causal", True):
             options.pop("causal", None)
             return gqa_attention_decode(q, k_cache, v_cache, k, v, **self.where(), **options)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.families import WINDOW, shared_model
 from support.guard import same_bytes
-from support.llama import assert_same_model, make_llama, make_prompt, positions_of
+from support.llama import assert_same_model, make_cache, make_llama, make_prompt, positions_of
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM
 
 import gqa_kernels
 
@@ -222,7 +222,7 @@ def test_p22_no_synchronisation_in_a_decode_step(device: str, monkeypatch: pytes
     with gqa_kernels.patched(model) as report, torch.no_grad():
         for cache in ("dynamic", "static"):
             model_inputs = {**inputs, "position_ids": positions_of(inputs["attention_mask"])}
-            past = make_cache(model, cache)
+            past = make_cache(model, cache, 32)
             model(**model_inputs, past_key_values=past)
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
             positions = positions_of(mask)[:, -1:]
@@ -237,7 +237,3 @@ def test_p22_no_synchronisation_in_a_decode_step(device: str, monkeypatch: pytes
                     if device == "cuda":
                         torch.cuda.set_sync_debug_mode("default")
     assert not report.fallbacks
-
-
-def make_cache(model: LlamaForCausalLM, kind: str) -> Any:
-    return DynamicCache() if kind == "dynamic" else StaticCache(model.config, max_cache_len=32)

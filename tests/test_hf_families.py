@@ -8,10 +8,10 @@ import pytest
 import torch
 from support.bounds import assert_within_bound, to_numpy
 from support.families import CONFIGS, LAYERS, longrope, make_model, shared_model
-from support.llama import attention_calls, make_prompt, positions_of
+from support.llama import attention_calls, make_prompt, step_logits
 from support.situations import SITUATIONS, expected_tokens, generate
 from torch import Tensor
-from transformers import DynamicCache, Gemma2ForCausalLM, PreTrainedModel
+from transformers import Gemma2ForCausalLM
 
 import gqa_kernels
 from gqa_kernels.hf.families import FAMILIES
@@ -49,29 +49,13 @@ def test_logits_of_half_types(device: str, family: str, dtype: torch.dtype) -> N
     exact, inputs = copy.deepcopy(model).float(), make_prompt(device, [30, 17])
     if model.config.model_type == "gemma2":
         inputs = make_prompt(device, [30, 30])  # masks of eager attention are finite, and reach padding in full
+    given = inputs["input_ids"], inputs["attention_mask"], 24
     with torch.no_grad():
-        reference, baseline = step_logits(exact, inputs), step_logits(model, inputs)
+        reference, baseline = (step_logits(m, *given) for m in (exact, model))
         with gqa_kernels.patched(model) as report:
-            actual = step_logits(model, inputs)
+            actual = step_logits(model, *given)
     assert not report.fallbacks, str(report)
     assert_within_bound(actual, to_numpy(reference), baseline, what="logits")
-
-
-def step_logits(model: PreTrainedModel, inputs: dict[str, Tensor], prompt: int = 24) -> Tensor:
-    """The last logits of a prefill, then those of each token after it."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    past, steps = DynamicCache(config=model.config), []
-    positions = positions_of(mask)
-    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
-        out = model(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=past,
-            use_cache=True,
-        )
-        steps.append(out.logits[:, -1])
-    return torch.stack(steps, dim=1)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

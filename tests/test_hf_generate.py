@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.llama import LAYERS, assert_same_model, attention_calls, make_llama, make_prompt, positions_of
+from support.llama import (
+    LAYERS,
+    assert_same_model,
+    attention_calls,
+    make_cache,
+    make_llama,
+    make_prompt,
+    positions_of,
+    step_logits,
+)
 from torch import Tensor
-from transformers import CompileConfig, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import CompileConfig, LlamaForCausalLM
 
 import gqa_kernels
 
@@ -19,10 +28,6 @@ PROMPTS = {"single": [11], "left-padded": [11, 4, 23, 8]}
 def generate(model: LlamaForCausalLM, prompt: dict[str, Tensor], **options: Any) -> Tensor:
     settings = {"max_new_tokens": STEPS, "do_sample": False, "disable_compile": True, **options}
     return model.generate(**prompt, **settings)
-
-
-def make_cache(model: LlamaForCausalLM, kind: str) -> Any:
-    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=96)
 
 
 def assert_served(report: gqa_kernels.hf.PatchReport) -> None:
@@ -49,31 +54,21 @@ def test_greedy_tokens_bfloat16(device: str, cache: str, prompt: str) -> None:
     its two best logits further apart than twice its own rounding error, taken from the float32 model."""
     exact, inputs = make_llama(device), make_prompt(device, PROMPTS[prompt])
     tokens = generate(exact, inputs)
-    model = make_llama(device, torch.bfloat16)
+    model, mask = make_llama(device, torch.bfloat16), inputs["attention_mask"]
+
+    def logits(model: LlamaForCausalLM) -> Tensor:
+        return step_logits(model, tokens[:, :-1], mask, mask.shape[1], make_cache(model, cache))
+
     with torch.no_grad():
-        truth, expected = (step_logits(m, tokens, inputs["attention_mask"], cache) for m in (exact, model))
+        truth, expected = (logits(m) for m in (exact, model))
         with gqa_kernels.patched(model) as report:
-            actual = step_logits(model, tokens, inputs["attention_mask"], cache)
+            actual = logits(model)
     assert_served(report)
     best = expected.float().topk(2, dim=-1).values
     noise = (expected.float() - truth).abs().amax(-1)
     decided = best[..., 0] - best[..., 1] > 2 * noise
     assert decided.float().mean() > 0.5, "too many ties for the test to mean anything"
     assert torch.equal(actual.argmax(-1)[decided], expected.argmax(-1)[decided])
-
-
-def step_logits(model: LlamaForCausalLM, tokens: Tensor, mask: Tensor, cache: str) -> Tensor:
-    """Logits [batch, STEPS, vocab] of a prefill and then one token at a time."""
-    past, length = make_cache(model, cache), mask.shape[1]
-    steps, chunk = [], tokens[:, :length]
-    positions = positions_of(mask)
-    for step in range(STEPS):
-        out = model(chunk, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True)
-        steps.append(out.logits[:, -1])
-        chunk = tokens[:, length + step : length + step + 1]
-        mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return torch.stack(steps, dim=1)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

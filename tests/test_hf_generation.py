@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import gqa_kernels
 from gqa_kernels.hf import generate
 from gqa_kernels.hf.generation import graphs, prefill, step
-from gqa_kernels.hf.generation.state import State
+from gqa_kernels.hf.generation.state import State, own_cache
 from gqa_kernels.hf.generation.weights import read_weights
 from gqa_kernels.hf.generation.whole_step import whole_step
 
@@ -139,7 +139,7 @@ def test_p1_logits(device: str, family: str, dtype: torch.dtype, whole_steps: bo
         weights = read_weights(model)
         weights.pack()
         weights.refresh()
-        state = State(weights, 2, 64)
+        state = State(weights, own_cache(weights, 2, 64))
         state.begin(2, (mask == 0).sum(-1))
         state.tables.fill(ids.shape[1])
         logits = [prefill.Prefill(weights, state, None)(ids[:, :prompt], padded=True)]

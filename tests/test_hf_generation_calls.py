@@ -152,7 +152,7 @@ def test_models_that_are_refused() -> None:
     model = make_llama("cpu")
     linear = model.model.layers[1].mlp.up_proj
     model.model.layers[1].mlp.up_proj = Adapted(64, 128, bias=False)
-    refused(model, r"model\.layers\.1\.mlp\.up_proj is a Adapted, not a plain Linear")
+    refused(model, r"model\.layers\.1\.mlp\.up_proj is a \S*Adapted, not a plain Linear")
     model.model.layers[1].mlp.up_proj = linear
     handle = linear.register_forward_hook(lambda *_: None)
     refused(model, "up_proj has hooks")
@@ -313,7 +313,7 @@ def _watched_session(model: Any, inputs: dict[str, Tensor], options: dict[str, A
     from gqa_kernels.hf.generation.generate import session_of
 
     settings = Settings(True, options["seed"], top_p=options["top_p"])
-    with session_of(model, inputs["input_ids"], inputs["attention_mask"], settings, LONG_RUN + 1) as session:
+    with session_of(model, inputs["input_ids"], inputs["attention_mask"], settings, LONG_RUN + 1, None) as session:
         for _ in range(LONG_RUN // 10):
             session.step()
         before = _peak_bytes()

@@ -172,42 +172,6 @@ def test_attention_is_all_or_none(device: str, why: str) -> None:
     assert any(m.kind == "LlamaMLP" for m in report.replaced)
 
 
-class Adapter(nn.Module):
-    """What PEFT puts in a projection's place."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.down = nn.Linear(base.in_features, 4, bias=False)
-        self.up = nn.Linear(4, base.out_features, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.up(self.down(x))
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_wrapped_projections(when: str) -> None:
-    """Projections are called as modules, so adapters keep working."""
-    model = make_llama("cpu")
-    plain = generate(model)
-
-    def wrap() -> None:
-        torch.manual_seed(5)
-        for layer in model.model.layers:
-            for parent, name in [(layer.self_attn, "q_proj"), (layer.self_attn, "o_proj"), (layer.mlp, "up_proj")]:
-                setattr(parent, name, Adapter(getattr(parent, name)))
-
-    if when == "before":
-        wrap()
-    report = gqa_kernels.patch(nn.ModuleDict({"base_model": model}))
-    if when == "after":
-        wrap()
-    adapted = generate(model)
-    assert not report.fallbacks
-    gqa_kernels.unpatch(model)
-    assert torch.equal(adapted, generate(model)) and not torch.equal(adapted, plain)
-
-
 def test_hooks_and_outputs() -> None:
     model, inputs = make_llama("cpu"), make_prompt("cpu", [9])
     seen: list[str] = []

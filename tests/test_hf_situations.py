@@ -1,4 +1,4 @@
-"""What wraps a patched model: compilation, training, adapters, tensor parallelism, files; and what a step costs."""
+"""What wraps a patched model: compilation, training, tensor parallelism, files; and what a step costs."""
 
 from __future__ import annotations
 
@@ -80,36 +80,6 @@ def test_training_falls_back(device: str, family: str, checkpointing: bool) -> N
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(a is b is None or same_bytes(a, b) for a, b in zip(*gradients))
     assert any("gradients are wanted" in reason for reason in report.fallbacks)
-
-
-class Adapter(nn.Module):
-    """What PEFT puts in a projection's place."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.lora_A = nn.Linear(base.in_features, 4, bias=False)
-        self.lora_B = nn.Linear(4, base.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.lora_B(self.lora_A(x))
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_adapters_keep_working(device: str, family: str) -> None:
-    model, prompt = make_model(family, device), make_prompt(device, [11, 26])
-    plain = generate(model, prompt, max_new_tokens=8)
-    torch.manual_seed(5)
-    for layer in model.model.layers:
-        for parent in (layer.self_attn, layer.mlp):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(parent, name, Adapter(child).to(device))
-    adapted = generate(model, prompt, max_new_tokens=8)
-    wrapped = nn.ModuleDict({"base_model": model})
-    with gqa_kernels.patched(wrapped) as report:
-        assert torch.equal(generate(model, prompt, max_new_tokens=8), adapted)
-    assert not report.fallbacks and not torch.equal(adapted, plain)
 
 
 def test_tensor_parallel(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class Twin:
     def check(self) -> None:
         assert self.cache.lengths.tolist() == [len(kept) for kept in self.rows]
         assert all(low <= len(kept) <= high for low, kept, high in self.bounds())
+        assert self.cache.length is None or all(len(kept) == self.cache.length for kept in self.rows)
         for row, kept in enumerate(self.rows):
             if not kept:
                 continue

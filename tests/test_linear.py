@@ -1,21 +1,18 @@
-"""linear against float64 NumPy and torch's own: the kernel that streams weights, or torch's products."""
+"""linear against float64 and torch's own: the kernel that streams weights, or torch's products."""
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from support.bounds import DTYPES, assert_within_bound, to_numpy
+from support.bounds import DTYPES, Exact, assert_within_bound, concatenate, to_float64
+from support.c_interface import LinearParams, call_twin
 from support.contract import assert_compiles, assert_graph_replays, opcheck
 from support.guard import Guard, same_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
-import gqa_kernels
 from gqa_kernels import explain, linear, record_launches
 
 op = torch.ops.gqa_kernels.linear.default
@@ -35,11 +32,12 @@ def scaled_weights_of(guard: Guard, inside: int, outs: tuple[int, ...]) -> tuple
 
 def reference(
     x: Tensor, weights: list[Tensor], bias: Tensor | None = None, weight_scale: Tensor | None = None
-) -> np.ndarray:
-    result: np.ndarray = np.concatenate([to_numpy(x) @ to_numpy(weight).T for weight in weights], axis=-1)
+) -> Exact:
+    exact = to_float64(x)
+    result = concatenate([exact @ to_float64(weight).T for weight in weights])
     if weight_scale is not None:
-        result = result * to_numpy(weight_scale)
-    return result if bias is None else result + to_numpy(bias)
+        result = result * to_float64(weight_scale)
+    return result if bias is None else result + to_float64(bias)
 
 
 def baseline(
@@ -89,9 +87,10 @@ def test_p1_sizes(guard: Guard, dtype: torch.dtype, sizes: tuple[int, tuple[int,
     bias = guard.randn(sum(sizes[1]), dtype=dtype)
     for tokens in (1, 2, 4, 5, 8, 9, 16):
         x = guard.randn(tokens, sizes[0], dtype=dtype)
+        exact, eager = reference(x, weights, bias), baseline(x, weights, bias)
         for static in (False, True):
             out, names = kernels(x, weights, bias=bias, static_weights=static)
-            assert_within_bound(out, reference(x, weights, bias), baseline(x, weights, bias))
+            assert_within_bound(out, exact, eager)
             assert names == [kernel_for(guard.device, dtype, tokens)]
 
 
@@ -105,9 +104,10 @@ def test_p1_scaled_weights(guard: Guard, dtype: torch.dtype, sizes: tuple[int, t
     bias = guard.randn(sum(sizes[1]), dtype=dtype)
     for tokens in (1, 3, 4, 5, 8, 9, 16, 17):
         x = guard.randn(tokens, sizes[0], dtype=dtype)
+        exact, eager = reference(x, weights, bias, scale), baseline(x, weights, bias, scale)
         for static in (False, True):
             out, names = kernels(x, weights, bias=bias, weight_scale=scale, static_weights=static)
-            assert_within_bound(out, reference(x, weights, bias, scale), baseline(x, weights, bias, scale))
+            assert_within_bound(out, exact, eager)
             assert names == [kernel_for(guard.device, dtype, tokens)]
 
 
@@ -146,7 +146,7 @@ def test_p1_residual(guard: Guard, dtype: torch.dtype, scaled: bool) -> None:
 def test_p2_layout_of_scales_and_residual_does_not_matter(guard: Guard, dtype: torch.dtype) -> None:
     weights, scale = scaled_weights_of(guard, 272, (40, 9))
     x, residual = guard.randn(5, 272, dtype=dtype), guard.randn(5, 49, dtype=dtype)
-    exact = reference(x, weights, None, scale) + to_numpy(residual)
+    exact = reference(x, weights, None, scale) + to_float64(residual)
     eager = baseline(x, weights, None, scale) + residual
     expected = linear(x, *weights, weight_scale=scale, residual=residual)
     assert_within_bound(expected, exact, eager)
@@ -300,29 +300,10 @@ def test_an_sm_has_room_for_one_block() -> None:
     assert launch(4096, 4096)["shared_memory"] == launch(128256, 4096)["shared_memory"] == sums + 6 * 8 * 33 * row
 
 
-class Params(ctypes.Structure):
-    """gqa_linear_params."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint32) for name in ("struct_size", "dtype")),
-        ("x", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p * 3),
-        *((name, ctypes.c_void_p) for name in ("weight_scale", "bias", "residual", "out")),
-        *((name, ctypes.c_int64) for name in ("tokens", "in_features")),
-        ("out_features", ctypes.c_int64 * 3),
-        ("x_stride", ctypes.c_int64),
-        ("weight_stride", ctypes.c_int64 * 3),
-        ("residual_stride", ctypes.c_int64),
-        ("out_stride", ctypes.c_int64),
-        ("static_weights", ctypes.c_int32),
-    ]
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cpu_twin(dtype: torch.dtype, scaled: bool) -> None:
     """Of the C interface; the op leaves the CPU's products to torch."""
-    library = ctypes.CDLL(str(Path(gqa_kernels.__file__).parent / "libgqa_kernels.so"))
     guard = Guard("cpu")
     x, residual = guard.randn(5, 40, dtype=dtype), guard.randn(5, 88, dtype=dtype)
     weights, scale = (
@@ -330,18 +311,18 @@ def test_the_cpu_twin(dtype: torch.dtype, scaled: bool) -> None:
     )
     bias = guard.randn(88, dtype=dtype)
     out = guard.place(torch.zeros(5, 88, dtype=dtype), writable=True)
-    p = Params(ctypes.sizeof(Params), DTYPES.index(dtype), x=x.data_ptr(), bias=bias.data_ptr(), out=out.data_ptr())
+    p = LinearParams(DTYPES.index(dtype), x=x.data_ptr(), bias=bias.data_ptr(), out=out.data_ptr())
     p.tokens, p.in_features, p.x_stride, p.out_stride = 5, 40, 40, 88
     if scale is not None:
         p.weight_scale = scale.data_ptr()
     for i, weight in enumerate(weights):
         p.weights[i], p.out_features[i], p.weight_stride[i] = weight.data_ptr(), len(weight), 40
     for first, last in ((0, 2), (2, 5)):
-        assert library.gqa_linear_cpu(ctypes.byref(p), ctypes.c_int64(first), ctypes.c_int64(last)) == 0
+        call_twin("gqa_linear_cpu", p, first, last)
     assert_within_bound(out, reference(x, weights, bias, scale), baseline(x, weights, bias, scale))
     before = out.clone()
     p.residual, p.residual_stride = residual.data_ptr(), 88
-    assert library.gqa_linear_cpu(ctypes.byref(p), ctypes.c_int64(0), ctypes.c_int64(5)) == 0
+    call_twin("gqa_linear_cpu", p, 0, 5)
     assert same_bytes(out, residual + before)
     guard.check()
 

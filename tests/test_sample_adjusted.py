@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.bounds import DTYPES
-from support.contract import assert_compiles, assert_compiles_once, assert_graph_replays, opcheck
+from support.contract import assert_compiles, assert_compiles_once, assert_graph_replays, assert_same, opcheck
 from support.guard import Guard, same_bytes
 from support.pairs import pairwise
 from support.sampling import adjusted
@@ -80,11 +80,6 @@ def placed(guard: Guard, options: dict[str, Any]) -> dict[str, Any]:
 
 def drawn(logits: Tensor, **options: Any) -> tuple[Tensor, ...]:
     return sample(logits, return_valid=True, return_logprob=True, **options)
-
-
-def assert_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...], what: Any = "") -> None:
-    for a, b in zip(got, want):
-        assert same_bytes(a.cpu(), b.cpu()), what
 
 
 @pytest.mark.abi

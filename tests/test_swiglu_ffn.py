@@ -1,21 +1,19 @@
-"""swiglu_ffn against float64 NumPy and transformers' LlamaMLP: fused kernels, or torch's products around swiglu."""
+"""swiglu_ffn against float64 and transformers' LlamaMLP: fused kernels, or torch's products around swiglu."""
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.bounds import DTYPES, assert_within_bound, to_numpy
+from support.bounds import DTYPES, Exact, assert_within_bound, concatenate, to_float64, to_numpy
+from support.c_interface import FfnParams, call_twin
 from support.contract import assert_compiles, assert_graph_replays, opcheck
 from support.guard import Guard, same_bytes
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-import gqa_kernels
 from gqa_kernels import explain, record_launches, swiglu_ffn
 
 op = torch.ops.gqa_kernels.swiglu_ffn.default
@@ -49,10 +47,10 @@ def plain(weights: tuple[Tensor, Tensor, Tensor], scales: dict[str, Tensor]) -> 
     return [weight.float() * scale[:, None] for weight, scale in zip(weights, parts)]
 
 
-def reference(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> np.ndarray:
-    gate, up = to_numpy(x) @ to_numpy(w_gate).T, to_numpy(x) @ to_numpy(w_up).T
-    result: np.ndarray = gate / (1 + np.exp(-gate)) * up @ to_numpy(w_down).T
-    return result
+def reference(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Exact:
+    x, w_gate, w_up, w_down = (to_float64(part) for part in (x, w_gate, w_up, w_down))
+    gate, up = x @ w_gate.T, x @ w_up.T
+    return gate / (1 + (torch if isinstance(gate, Tensor) else np).exp(-gate)) * up @ w_down.T
 
 
 def baseline(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ def test_p1_scaled_weights(guard: Guard, dtype: torch.dtype, sizes: tuple[int, i
     dense = plain(weights, scales)
     both = guard.place(torch.cat([weight.cpu().view(torch.uint8) for weight in weights[:2]])).view(torch.float8_e4m3fn)
     inputs = [guard.randn(tokens, sizes[0], dtype=dtype) for tokens in (1, 5, 9, 16, 17)]
-    exact = np.concatenate([reference(x, *dense) for x in inputs])
+    exact = concatenate([reference(x, *dense) for x in inputs], 0)
     eager = torch.cat([baseline(x, *(w.to(dtype) for w in dense)) for x in inputs])
     for given in (weights, (both, weights[2])):
         outs = []
@@ -252,25 +250,10 @@ def test_weights_by_name() -> None:
         swiglu_ffn(x, *weights, w_out=x)  # type: ignore[call-overload]
 
 
-class Params(ctypes.Structure):
-    """gqa_swiglu_ffn_params."""
-
-    _fields_ = [
-        *((name, ctypes.c_uint32) for name in ("struct_size", "dtype")),
-        *((name, ctypes.c_void_p) for name in ("x", "w_gate", "w_up", "w_down")),
-        *((name, ctypes.c_void_p) for name in ("w_gate_scale", "w_up_scale", "w_down_scale")),
-        *((name, ctypes.c_void_p) for name in ("residual", "activation", "out")),
-        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "intermediate", "out_features")),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("x", "w_gate", "w_up", "w_down", "residual")),
-        ("static_weights", ctypes.c_int32),
-    ]
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cpu_twin(dtype: torch.dtype, scaled: bool) -> None:
     """Of the C interface; the op leaves the CPU's products to torch."""
-    library = ctypes.CDLL(str(Path(gqa_kernels.__file__).parent / "libgqa_kernels.so"))
     guard = Guard("cpu")
     x, weights, scales = guard.randn(5, 40, dtype=dtype), weights_of(guard, 40, 67, 21, dtype), {}
     dense = list(weights)
@@ -283,17 +266,17 @@ def test_the_cpu_twin(dtype: torch.dtype, scaled: bool) -> None:
     tensors = dict(zip(("x", "w_gate", "w_up", "w_down"), (x, *weights)))
     pointers = {name: tensor.data_ptr() for name, tensor in {**tensors, "activation": activation, "out": out}.items()}
     strides = {f"{name}_stride": tensor.stride(0) for name, tensor in tensors.items()}
-    p = Params(ctypes.sizeof(Params), DTYPES.index(dtype), **pointers, **strides)
+    p = FfnParams(DTYPES.index(dtype), **pointers, **strides)
     p.tokens, p.hidden, p.intermediate, p.out_features = 5, 40, 67, 21
     if scaled:
         p.w_gate_scale, p.w_down_scale = (scale.data_ptr() for scale in scales.values())
         p.w_up_scale = p.w_gate_scale + 4 * 67
     for first, last in ((0, 2), (2, 5)):
-        assert library.gqa_swiglu_ffn_cpu(ctypes.byref(p), ctypes.c_int64(first), ctypes.c_int64(last)) == 0
+        call_twin("gqa_swiglu_ffn_cpu", p, first, last)
     assert_within_bound(out, reference(x, *dense), baseline(x, *(w.to(dtype) for w in dense)))
     before = out.clone()
     p.residual, p.residual_stride = residual.data_ptr(), 21
-    assert library.gqa_swiglu_ffn_cpu(ctypes.byref(p), ctypes.c_int64(0), ctypes.c_int64(5)) == 0
+    call_twin("gqa_swiglu_ffn_cpu", p, 0, 5)
     assert same_bytes(out, residual + before)
     guard.check()
 

@@ -19,8 +19,14 @@ std::string number(double value) {
   return text;
 }
 
-void check_has(const char *op, bool condition, const char *name, const std::string &wanted, const std::string &given) {
-  if (!condition) fail(op, std::string(name) + " must have " + wanted + ", got " + given);
+template <typename Wanted, typename Given>
+void check_has(const char *op, bool condition, const char *name, const Wanted &wanted, const Given &given) {
+  if (!condition) fail(op, std::string(name) + " must have " + text_of(wanted) + ", got " + text_of(given));
+}
+
+// Its shape, in words, if a check asks for it.
+auto shape_of(const Tensor &tensor) {
+  return [&tensor] { return "shape " + shape_string(tensor); };
 }
 
 int64_t dim_from_end(const Tensor &tensor, int64_t i) { return tensor.size(tensor.dim() - i); }
@@ -35,8 +41,8 @@ void check_absent(const char *op, const char *name, bool present, const char *wh
   if (present) fail(op, std::string(name) + " must be None " + where + ", got a value");
 }
 
-void check_index(const char *op, const char *name, const OptionalTensor &tensor, const std::vector<int64_t> &sizes,
-                 const char *layout, const Tensor &like) {
+void check_index(const char *op, const char *name, const OptionalTensor &tensor, Sizes sizes, const char *layout,
+                 const Tensor &like) {
   if (!tensor) return;
   check_index_dtype(op, name, *tensor);
   check_shape(op, name, *tensor, sizes, layout);
@@ -102,7 +108,7 @@ Tensor with_aligned_rows(const Tensor &tensor, Kept *kept) {
     aligned = aligned && (rows.size(i) == 1 || (rows.stride(i) % chunk == 0 && rows.stride(i) != 0));
   }
   if (aligned) return rows;
-  kept->push_back(torch::stable::new_empty(rows, rows.sizes()));
+  kept->push_back(new_tensor(rows, rows.sizes()));
   torch::stable::copy_(kept->back(), rows);
   return kept->back();
 }
@@ -112,9 +118,10 @@ Tensor with_aligned_rows(const Tensor &tensor, Kept *kept) {
 void check_head_dim(const char *op, const char *name, const Tensor &tensor) {
   const int64_t head_dim = dim_from_end(tensor, 1);
   const int64_t nearest = std::clamp<int64_t>((head_dim + 7) / 8 * 8, 8, kMaxHeadDim);
-  check_has(op, head_dim == nearest, name,
-            "a head_dim that is a multiple of 8 up to 256 (nearest supported: " + std::to_string(nearest) + ")",
-            std::to_string(head_dim));
+  const auto wanted = [&] {
+    return "a head_dim that is a multiple of 8 up to 256 (nearest supported: " + std::to_string(nearest) + ")";
+  };
+  check_has(op, head_dim == nearest, name, wanted, head_dim);
 }
 
 int64_t cache_capacity(const CacheArguments &cache) {
@@ -134,7 +141,7 @@ void check_cache(const char *op, const CacheArguments &cache, int64_t batch, con
     const int64_t head_dim = dim_from_end(like, 1);
     if (cache.block_table) {
       check_shape(op, "k_cache", k, {-1, -1, -1, head_dim}, "[pages, page_size, num_kv_heads, head_dim]");
-      check_has(op, k.size(1) > 0, "k_cache", "a page size of at least 1", "shape " + shape_string(k));
+      check_has(op, k.size(1) > 0, "k_cache", "a page size of at least 1", shape_of(k));
       check_index(op, "block_table", cache.block_table, {batch, -1}, "[batch, max_pages]", like);
     } else {
       check_shape(op, "k_cache", k, {batch, -1, -1, head_dim}, "[batch, capacity, num_kv_heads, head_dim]");
@@ -155,14 +162,14 @@ void check_cache(const char *op, const CacheArguments &cache, int64_t batch, con
 
 void check_cache_heads(const char *op, const Tensor &k, const CacheArguments &cache) {
   const int64_t heads = cache.k_cache->size(2);
-  check_has(op, dim_from_end(k, 2) == heads, "k", "the " + std::to_string(heads) + " heads of k_cache",
-            "shape " + shape_string(k));
+  const auto wanted = [&] { return "the " + std::to_string(heads) + " heads of k_cache"; };
+  check_has(op, dim_from_end(k, 2) == heads, "k", wanted, shape_of(k));
 }
 
 void check_new_length(const char *op, int64_t seqlen, const CacheArguments &cache) {
-  const std::string capacity = std::to_string(cache_capacity(cache));
-  check_has(op, seqlen <= cache_capacity(cache), "k", "at most as many tokens as the cache has rows (" + capacity + ")",
-            std::to_string(seqlen));
+  const int64_t capacity = cache_capacity(cache);
+  const auto wanted = [&] { return "at most as many tokens as the cache has rows (" + std::to_string(capacity) + ")"; };
+  check_has(op, seqlen <= capacity, "k", wanted, seqlen);
 }
 
 gqa_rotary to_rotary(const char *op, const RotaryArguments &rotary, int64_t batch, int64_t tokens,
@@ -199,14 +206,14 @@ void check_queries(const char *op, const AttentionArguments &args) {
     check_rank(op, "q", q, {4}, "[batch, seqlen, num_q_heads, head_dim]");
   }
   check_head_dim(op, "q", q);
-  check_has(op, dim_from_end(q, 2) > 0, "q", "at least one head", "shape " + shape_string(q));
+  check_has(op, dim_from_end(q, 2) > 0, "q", "at least one head", shape_of(q));
 }
 
 void check_offsets(const char *op, const char *name, const OptionalTensor &cu_seqlens, int64_t sequences,
                    const AttentionArguments &args) {
   if (!cu_seqlens) return;
   check_index(op, name, cu_seqlens, {sequences}, "[batch + 1]", args.q);
-  check_has(op, cu_seqlens->size(0) > 0, name, "at least one offset", "shape " + shape_string(*cu_seqlens));
+  check_has(op, cu_seqlens->size(0) > 0, name, "at least one offset", shape_of(*cu_seqlens));
 }
 
 void check_ragged(const char *op, const AttentionArguments &args) {
@@ -223,7 +230,7 @@ void check_ragged(const char *op, const AttentionArguments &args) {
   if (args.cu_seqlens_q) check_offsets(op, "cu_seqlens_k", args.cu_seqlens_k, args.cu_seqlens_q->size(0), args);
   for (const auto &[name, value] :
        {std::pair{"max_seqlen_q", args.max_seqlen_q}, {"max_seqlen_k", args.max_seqlen_k}}) {
-    if (value) check_value(op, *value >= 0, name, "0 or more", std::to_string(*value));
+    if (value) check_value(op, *value >= 0, name, "0 or more", *value);
   }
 }
 
@@ -255,13 +262,14 @@ void check_new_keys(const char *op, const AttentionArguments &args, int64_t new_
 void check_settings(const char *op, const AttentionArguments &args) {
   check_value(op, args.window_left >= -1 && args.window_right >= -1, "window_size",
               "(left, right), each -1 (unlimited) or more",
-              "(" + std::to_string(args.window_left) + ", " + std::to_string(args.window_right) + ")");
+              [&] { return "(" + std::to_string(args.window_left) + ", " + std::to_string(args.window_right) + ")"; });
   check_value(op, args.softcap >= 0 && std::isfinite(args.softcap), "softcap", "0 (none) or more",
-              number(args.softcap));
+              [&] { return number(args.softcap); });
   if (args.softmax_scale) {
-    check_value(op, std::isfinite(*args.softmax_scale), "softmax_scale", "finite", number(*args.softmax_scale));
+    check_value(op, std::isfinite(*args.softmax_scale), "softmax_scale", "finite",
+                [&] { return number(*args.softmax_scale); });
   }
-  check_value(op, args.num_splits >= 0, "num_splits", "0 (chosen) or more", std::to_string(args.num_splits));
+  check_value(op, args.num_splits >= 0, "num_splits", "0 (chosen) or more", args.num_splits);
   if (args.sinks) {
     check_shape(op, "sinks", *args.sinks, {dim_from_end(args.q, 2)}, "[num_q_heads]");
     check_weight_dtype(op, "sinks", *args.sinks, "q", args.q);
@@ -288,17 +296,19 @@ void check_attention(const char *op, const AttentionArguments &args, int64_t new
   check_cache(op, args.cache, batch_of(args), "q", args.q, args.k.has_value());
   check_new_keys(op, args, new_tokens);
   const int64_t heads = dim_from_end(args.q, 2), kv_heads = kv_heads_of(args);
-  check_has(op, kv_heads > 0 && heads % kv_heads == 0, "q",
-            "a number of heads that is a multiple of num_kv_heads = " + std::to_string(kv_heads),
-            std::to_string(heads));
+  const auto multiple = [&] {
+    return "a number of heads that is a multiple of num_kv_heads = " + std::to_string(kv_heads);
+  };
+  check_has(op, kv_heads > 0 && heads % kv_heads == 0, "q", multiple, heads);
   if (args.cache.k_cache && args.k && !args.cu_seqlens_q) check_new_length(op, args.k->size(1), args.cache);
   const int64_t tokens = args.q.size(args.q.dim() - 3);
   const bool per_token = args.rotary.positions || (args.rotary.cos && args.rotary.cos->dim() == 3);
   if (per_token && args.k) {
     const int64_t new_keys = args.k->size(args.k->dim() - 3);
-    check_value(op, new_keys == tokens, "k",
-                "as long as q (" + std::to_string(tokens) + " tokens) where each token has its rotary position",
-                std::to_string(new_keys) + " tokens");
+    const auto wanted = [&] {
+      return "as long as q (" + std::to_string(tokens) + " tokens) where each token has its rotary position";
+    };
+    check_value(op, new_keys == tokens, "k", wanted, [&] { return std::to_string(new_keys) + " tokens"; });
   }
   check_settings(op, args);
   if (args.out) check_attention_out(op, args, *args.out);
@@ -356,12 +366,11 @@ AttentionOutputs fill_attention(const char *op, const AttentionArguments &args, 
   p->out = pointer_to(out);
   fill_strides(out, &p->out_stride);
   const int64_t heads = p->num_q_heads;
-  const std::vector<int64_t> lse_shape = !args.return_lse ? std::vector<int64_t>{0}
-                                         : ragged         ? std::vector<int64_t>{heads, tokens}
-                                                          : std::vector<int64_t>{batch, heads, tokens};
-  const Tensor lse = torch::stable::new_empty(q, lse_shape, ScalarType::Float);
+  const Tensor lse = !args.return_lse ? new_tensor(q, {0}, ScalarType::Float)
+                     : ragged         ? new_tensor(q, {heads, tokens}, ScalarType::Float)
+                                      : new_tensor(q, {batch, heads, tokens}, ScalarType::Float);
   if (args.return_lse) p->lse = static_cast<float *>(pointer_to(lse));
-  return {args.out ? torch::stable::new_empty(q, std::vector<int64_t>{0}) : out, lse};
+  return {args.out ? new_tensor(q, {0}) : out, lse};
 }
 
 int64_t cpu_row_cost(const gqa_attention_params &p) {

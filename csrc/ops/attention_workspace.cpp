@@ -24,7 +24,7 @@ void prepare_workspace(const char *op, const AttentionArguments &args,
                 "a misaligned address");
     kept->push_back(given);
   } else if (needed > 0) {
-    kept->push_back(torch::stable::new_empty(args.q, std::vector<int64_t>{needed}, ScalarType::Byte));
+    kept->push_back(new_tensor(args.q, {needed}, ScalarType::Byte));
   } else {
     return;
   }

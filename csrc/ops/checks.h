@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "gqa_kernels.h"
@@ -15,6 +16,7 @@ namespace gqa::ops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 [[noreturn]] void fail(const char *op, const std::string &message);
 
@@ -42,13 +44,27 @@ void check_index_dtype(const char *op, const char *name, const Tensor &tensor);
 void check_rank(const char *op, const char *name, const Tensor &tensor, std::initializer_list<int64_t> ranks,
                 const char *layout);
 // Exact sizes; -1 takes any. `layout` names the dimensions: "[batch, seqlen, heads, head_dim]".
-void check_shape(const char *op, const char *name, const Tensor &tensor, const std::vector<int64_t> &sizes,
-                 const char *layout);
+void check_shape(const char *op, const char *name, const Tensor &tensor, Sizes sizes, const char *layout);
 void check_same_shape(const char *op, const char *name, const Tensor &tensor, const char *like_name,
                       const Tensor &like);
 void check_last_stride(const char *op, const char *name, const Tensor &tensor);
+// What a message says: a text, an integer, or what a function gives that is called only where a check fails.
+template <typename Text>
+std::string text_of(const Text &text) {
+  if constexpr (std::is_integral_v<Text>) {
+    return std::to_string(text);
+  } else if constexpr (std::is_invocable_v<const Text &>) {
+    return text();
+  } else {
+    return text;
+  }
+}
+
 // `condition` failed to hold: "<name> must be <wanted>, got <given>".
-void check_value(const char *op, bool condition, const char *name, const std::string &wanted, const std::string &given);
+template <typename Wanted, typename Given>
+void check_value(const char *op, bool condition, const char *name, const Wanted &wanted, const Given &given) {
+  if (!condition) fail(op, std::string(name) + " must be " + text_of(wanted) + ", got " + text_of(given));
+}
 
 // Memory for a result: contiguous, with these sizes and the dtype and device of `like`.
 void check_out(const char *op, const char *name, const Tensor &out, const std::vector<int64_t> &sizes,
@@ -60,7 +76,9 @@ void check_apart(const char *op, const char *name, const Tensor &out, const char
 
 std::vector<int64_t> sizes_of(const Tensor &tensor);
 
-// Contiguous and uninitialised, with x's shape, dtype and device.
+// Contiguous and uninitialised, on the device of `like`, of its dtype if none is named.
+Tensor new_tensor(const Tensor &like, Sizes sizes, std::optional<ScalarType> dtype = std::nullopt);
+// The same with x's shape and dtype.
 Tensor new_contiguous(const Tensor &x);
 
 }  // namespace gqa::ops

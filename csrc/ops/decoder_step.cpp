@@ -175,7 +175,7 @@ Tensor decoder_step(const Tensor &given, const Tensors &k_caches, const Tensors 
     l.window_left = window_left.has_value() ? (*window_left)[i] : -1;
   }
   const std::vector<int64_t> sizes{s.batch, head.size(0)};
-  const Tensor logits = torch::stable::new_empty(hidden, sizes);
+  const Tensor logits = new_tensor(hidden, sizes);
   if (logits.numel() == 0) return logits;
   p.layers = layers.data();
   p.hidden = hidden.data_ptr(), p.norm = norm.data_ptr(), p.head = head.data_ptr(), p.logits = logits.data_ptr();
@@ -194,7 +194,7 @@ Tensor decoder_step(const Tensor &given, const Tensors &k_caches, const Tensors 
       fail(kOp, std::string("its CUDA kernel does not serve this call: ") + reason);
     }
     if (!explaining()) {
-      workspace = torch::stable::new_empty(hidden, std::vector<int64_t>{plan.workspace_size}, ScalarType::Byte);
+      workspace = new_tensor(hidden, std::vector<int64_t>{plan.workspace_size}, ScalarType::Byte);
       p.workspace = workspace->data_ptr();
       p.workspace_size = plan.workspace_size;
     }

@@ -59,7 +59,7 @@ void say_torch(const Tensor &x, const char *reason) {
 Tensor new_output(const Tensor &x, int64_t features) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = features;
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size()});
+  return new_tensor(x, {sizes.data(), sizes.size()});
 }
 
 // Values [at, at + count) of a vector that may be absent.

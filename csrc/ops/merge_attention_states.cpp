@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor> merge_attention_states(Tensor outs, Tensor lses) {
 
   const Tensor rows = torch::stable::contiguous(outs), weights = torch::stable::contiguous(lses);
   const auto out_shape = outs.sizes().slice(1), lse_shape = lses.sizes().slice(1);
-  Tensor out = torch::stable::new_empty(outs, out_shape);
-  Tensor lse = torch::stable::new_empty(lses, lse_shape);
+  Tensor out = new_tensor(outs, out_shape);
+  Tensor lse = new_tensor(lses, lse_shape);
   gqa_merge_attention_states_params p{};
   p.struct_size = sizeof(p);
   p.dtype = gqa_dtype_of(outs);

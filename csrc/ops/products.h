@@ -73,7 +73,7 @@ const char *refusal(const Entry<Params> &entry, const Params &p, const Tensor &x
 // The float8 weights times their scales, rounded to x's dtype once; they are themselves numbers of that dtype.
 inline Tensor dequantised(const Tensor &weight, const Tensor &scale, const Tensor &x) {
   const std::array<int64_t, 2> sizes{weight.size(0), weight.size(1)};
-  Tensor result = torch::stable::new_empty(x, {sizes.data(), sizes.size()});
+  Tensor result = new_tensor(x, {sizes.data(), sizes.size()});
   if (explaining()) return result;
   torch::stable::copy_(result, weight);
   std::array<StableIValue, 2> stack{torch::stable::detail::from(result),
@@ -89,7 +89,7 @@ inline Tensor product(const Tensor &x, const Tensor &weight, const std::optional
   if (explaining()) {
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = weight.size(0);
-    return torch::stable::new_empty(x, {sizes.data(), sizes.size()});
+    return new_tensor(x, {sizes.data(), sizes.size()});
   }
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> rope(const Tensor &q, const std::optional<Tensor> &k,
                                 const std::optional<Tensor> &position_ids, bool interleaved) {
   check_heads(kRope, q, k);
   const int64_t none = 0;
-  const Tensor q_out = new_contiguous(q), k_out = k ? new_contiguous(*k) : torch::stable::new_empty(q, {&none, 1});
+  const Tensor q_out = new_contiguous(q), k_out = k ? new_contiguous(*k) : new_tensor(q, {&none, 1});
   rotate_into(q, k, cos, sin, position_ids, interleaved, q_out, k_out);
   return {q_out, k_out};
 }

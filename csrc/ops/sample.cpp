@@ -166,10 +166,10 @@ std::tuple<Tensor, Tensor, Tensor> sample(const Tensor &logits, double temperatu
   const std::vector<int64_t> leading(sizes.begin(), sizes.end() - 1);
   const torch::headeronly::IntHeaderOnlyArrayRef shape(leading.data(), leading.size());
   const int64_t none = 0;
-  Tensor ids = torch::stable::new_empty(logits, shape, ScalarType::Long);
-  Tensor valid = torch::stable::new_empty(logits, shape, ScalarType::Bool);
-  Tensor logprob = return_logprob ? torch::stable::new_empty(logits, shape, ScalarType::Float)
-                                  : torch::stable::new_empty(logits, {&none, 1}, ScalarType::Float);
+  Tensor ids = new_tensor(logits, shape, ScalarType::Long);
+  Tensor valid = new_tensor(logits, shape, ScalarType::Bool);
+  Tensor logprob =
+      return_logprob ? new_tensor(logits, shape, ScalarType::Float) : new_tensor(logits, {&none, 1}, ScalarType::Float);
   p.ids = static_cast<int64_t *>(ids.data_ptr());
   p.valid = static_cast<uint8_t *>(valid.data_ptr());
   p.logprob = return_logprob ? static_cast<float *>(logprob.data_ptr()) : nullptr;

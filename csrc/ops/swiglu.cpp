@@ -75,7 +75,7 @@ void swiglu_out(const Tensor &gate, const std::optional<Tensor> &up, const Tenso
 
 Tensor swiglu(const Tensor &gate, const std::optional<Tensor> &up) {
   const std::vector<int64_t> sizes = check_inputs(gate, up);
-  const Tensor out = torch::stable::new_empty(gate, {sizes.data(), sizes.size()});
+  const Tensor out = new_tensor(gate, {sizes.data(), sizes.size()});
   swiglu_into(gate, up, out);
   return out;
 }

@@ -122,9 +122,9 @@ Tensor swiglu_ffn(const Tensor &x, const Tensor &w_gate, const std::optional<Ten
   if (reason != nullptr) return by_products(call, intermediate, reason);
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = p.out_features;
-  const Tensor out = torch::stable::new_empty(x, {sizes.data(), sizes.size()});
+  const Tensor out = new_tensor(x, {sizes.data(), sizes.size()});
   const std::array<int64_t, 2> scratch{p.tokens, p.intermediate};
-  const Tensor activation = torch::stable::new_empty(x, {scratch.data(), scratch.size()});
+  const Tensor activation = new_tensor(x, {scratch.data(), scratch.size()});
   p.activation = activation.data_ptr();
   p.out = out.data_ptr();
   run(kEntry, p, x, p.hidden * p.intermediate);

@@ -5,8 +5,6 @@ namespace {
 
 constexpr int64_t kLargest = int64_t{1} << 30;
 
-bool is_aligned(const void *data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
 bool are_aligned(const gqa_decoder_layer &l) {
   for (const void *x : {l.q_proj, l.k_proj, l.v_proj, l.o_proj, l.gate_proj, l.up_proj, l.down_proj, l.input_norm,
                         l.mlp_norm, static_cast<const void *>(l.k_cache), static_cast<const void *>(l.v_cache)}) {
@@ -43,10 +41,6 @@ bool is_complete(const gqa_decoder_layer &l) {
   const bool biases = !l.q_bias == !l.k_bias && !l.q_bias == !l.v_bias, norms = !l.q_norm == !l.k_norm;
   return l.q_proj && l.k_proj && l.v_proj && l.o_proj && l.gate_proj && l.up_proj && l.down_proj && l.input_norm &&
          l.mlp_norm && l.k_cache && l.v_cache && biases && norms;
-}
-
-bool is_index(const gqa_index &index) {
-  return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
 }
 
 }  // namespace

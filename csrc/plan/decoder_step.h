@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "plan/plan.h"
+#include "plan/tensors.h"
 
 namespace gqa {
 
@@ -20,8 +21,6 @@ constexpr int kStepWeightPitch = 2 * kStepKeys + 16;  // of the weights of a sta
 constexpr int kStepSums = 2 * kStepWarps * kStepTileRows * kStepRows * 4;  // bytes of the sums of two tiles of 8 rows
 constexpr int kStepOwned = 128;   // hidden dimensions that a block keeps, at most
 constexpr int kStepBiases = 512;  // biases that a block keeps, at most
-
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Rows in shared memory are an odd number of 16 bytes, so that ldmatrix meets no bank twice.
 constexpr int64_t step_pitch(int64_t columns) { return 2 * columns + 16; }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "plan/plan.h"
+#include "plan/tensors.h"
 
 namespace gqa {
 namespace {
@@ -16,10 +17,6 @@ constexpr int32_t kMaxSplits = 128;
 constexpr int64_t kShortKeys = 1024;
 constexpr int32_t kInvariantSplits = 16;
 constexpr int32_t kInvariantChunk = 256;
-
-bool is_index(const gqa_index &index) {
-  return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
-}
 
 bool is_ragged(const gqa_attention_params *p) { return p->cu_seqlens_q.data != nullptr; }
 
@@ -114,8 +111,6 @@ namespace {
 int64_t cpu_rows(const gqa_attention_params *p) {
   return is_empty(p) ? 0 : (p->batch + is_ragged(p)) * p->num_kv_heads * cpu_query_blocks(p);
 }
-
-constexpr int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
 // The first shape wide enough that takes all rows in one block if `one_block` says so, else the one for many rows.
 int find_shape(int32_t head_dim, int64_t rows, bool one_block) {

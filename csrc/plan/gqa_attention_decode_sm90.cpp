@@ -5,6 +5,7 @@
 
 #include "common/status.h"
 #include "plan/plan.h"
+#include "plan/tensors.h"
 
 namespace gqa {
 namespace {
@@ -33,15 +34,6 @@ int64_t query_rows(const gqa_attention_params *p) { return p->seqlen_q * (p->num
 int64_t pairs(const gqa_attention_params *p) { return p->batch * p->num_kv_heads; }
 int64_t head_groups(const gqa_attention_params *p, const DecodeShape &shape) {
   return ceil_div<int64_t>(p->num_kv_heads, shape.heads);
-}
-
-// Strides of dimensions with one element say nothing.
-bool is_aligned(const void *pointer, const int64_t *stride, const int64_t (&size)[3], int64_t element = 2) {
-  if (pointer == nullptr) return true;
-  for (int i = 0; i < 3; ++i) {
-    if (size[i] > 1 && stride[i] * element % 16 != 0) return false;
-  }
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
 bool has_aligned_tokens(const gqa_attention_params *p) {

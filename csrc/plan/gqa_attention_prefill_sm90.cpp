@@ -6,6 +6,7 @@
 #include "common/status.h"
 #include "plan/gqa_attention_decode_sm90.h"
 #include "plan/plan.h"
+#include "plan/tensors.h"
 
 namespace gqa {
 namespace {
@@ -17,14 +18,6 @@ constexpr int64_t kMaxStride = int64_t{1} << 38;  // of a tensor map, in element
 constexpr int32_t kMinPageRows = 16;
 constexpr int64_t kManyTiles = 2;            // for each multiprocessor: fewer, and smaller ones share out better
 constexpr int64_t kSectionBytes = 24 << 20;  // half of the L2
-
-// Strides of dimensions with one element say nothing.
-bool is_aligned(const void *pointer, const int64_t *stride, const int64_t (&size)[3]) {
-  for (int i = 0; i < 3; ++i) {
-    if (size[i] > 1 && stride[i] % 8 != 0) return false;
-  }
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 bool is_mappable(const int64_t *stride, const int64_t (&size)[3]) {
   for (int i = 0; i < 3; ++i) {

@@ -3,16 +3,13 @@
 #include <initializer_list>
 
 #include "plan/plan.h"
+#include "plan/tensors.h"
 
 namespace gqa {
 namespace {
 
 constexpr int64_t kThreads = 256;
 constexpr int64_t kChunk = 8;  // elements a thread moves
-
-bool is_index(const gqa_index &index) {
-  return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
-}
 
 gqa_status check_rotary(const gqa_rotary &r, int32_t dtype, int32_t head_dim) {
   if ((r.cos == nullptr) != (r.sin == nullptr)) return GQA_STATUS_NULL_POINTER;

@@ -5,13 +5,10 @@
 
 #include "common/sampling_logits.h"
 #include "plan/plan.h"
+#include "plan/tensors.h"
 
 namespace gqa {
 namespace {
-
-bool is_readable(const gqa_index &index) {
-  return index.data == nullptr || index.dtype == GQA_DTYPE_INT32 || index.dtype == GQA_DTYPE_INT64;
-}
 
 // Bytes of a row's logits that one of `blocks` holds, in whole vectors of the aligned row around them.
 int64_t part_bytes(const gqa_sample_params *p, int64_t blocks) {
@@ -79,7 +76,7 @@ int64_t sample_cluster_memory(const gqa_sample_params *p, int64_t blocks) {
 gqa_status check_params(const gqa_sample_params *p) {
   GQA_RETURN_IF_ERROR(check_struct(p));
   if (!is_float_dtype(p->dtype)) return GQA_STATUS_UNSUPPORTED;
-  if (!is_readable(p->top_ks) || !is_readable(p->seeds) || !is_readable(p->offsets)) return GQA_STATUS_UNSUPPORTED;
+  if (!is_index(p->top_ks) || !is_index(p->seeds) || !is_index(p->offsets)) return GQA_STATUS_UNSUPPORTED;
   if (p->logit_bias != nullptr && p->logit_bias_dtype != GQA_DTYPE_FLOAT32 && p->logit_bias_dtype != p->dtype) {
     return GQA_STATUS_UNSUPPORTED;
   }

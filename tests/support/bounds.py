@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,17 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+Exact = Any  # float64: an array of NumPy or, to work on a GPU, a tensor there
+
+
+def to_float64(tensor: Tensor) -> Exact:
+    return tensor.detach().double() if tensor.is_cuda else to_numpy(tensor)
+
+
+def concatenate(parts: list[Exact], axis: int = -1) -> Exact:
+    return torch.cat(parts, axis) if isinstance(parts[0], Tensor) else np.concatenate(parts, axis)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 import gqa_kernels
 from support.bounds import assert_within_bound, to_numpy
@@ -59,6 +59,27 @@ def make_prompt(device: str, lengths: list[int], *, side: str = "left", seed: in
 
 def positions_of(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def make_cache(model: PreTrainedModel, kind: str, slots: int = 96) -> Any:
+    return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=slots)
+
+
+def step_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt: int, past: Any = None) -> Tensor:
+    """The last logits of a prefill, then those of each token after it; ``mask`` is the prompt's or longer."""
+    past, steps = make_cache(model, "dynamic") if past is None else past, []
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    positions = positions_of(mask)
+    for start, end in [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]:
+        out = model(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=past,
+            use_cache=True,
+        )
+        steps.append(out.logits[:, -1])
+    return torch.stack(steps, dim=1)
 
 
 def attention_calls(launches: list[dict[str, Any]]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gqa_kernels.hf.generation.callers_cache import check_cache, room_in
 from gqa_kernels.hf.generation.drawing import Setting, Settings
 from gqa_kernels.hf.generation.graphs import kept_for
 from gqa_kernels.hf.generation.prompt import check_ids, leftpad_of
@@ -16,6 +17,7 @@ from gqa_kernels.hf.generation.record import Unserved
 from gqa_kernels.hf.generation.rotary import check_length
 from gqa_kernels.hf.generation.session import Session
 from gqa_kernels.hf.generation.stopping import Ends, Stopping
+from gqa_kernels.kv_cache import BaseCache
 
 #: Steps between a look at the tokens and the reading of what it saw, so that the device has work meanwhile.
 LAG = 2
@@ -38,6 +40,7 @@ def generate(
     pad_token_id: int | None = None,
     streamer: Any = None,
     check_every: int = 16,
+    kv_cache: BaseCache | None = None,
 ) -> Tensor:
     """Continues prompts with a HuggingFace model, patched or not, over the model's own weights.
 
@@ -50,7 +53,8 @@ def generate(
         model: a Llama, Mistral, Qwen2, Qwen3 or Phi-3 for causal language modeling, in eval mode, all of it on one
             device in one dtype. Weights changed or replaced since the last call are seen.
         input_ids: ``[batch, tokens]``.
-        attention_mask: like ``input_ids``: zeros before each prompt, ones to its end. None: no padding.
+        attention_mask: like ``input_ids``: zeros before each prompt, ones to its end. None: no padding. With a
+            ``kv_cache`` that holds tokens it begins with those.
         max_new_tokens: prompt and new tokens together may not exceed the model's ``max_position_embeddings``.
         do_sample: False takes the most probable token, after ``repetition_penalty``.
         temperature, top_k, top_p, min_p, repetition_penalty: as in :func:`gqa_kernels.sample`: a number, or one value
@@ -62,6 +66,11 @@ def generate(
         streamer: given the prompt and then each token, as by transformers' ``generate``.
         check_every: how many tokens lie between two looks of the host at what was drawn. Steps made beyond the end of
             the last row are thrown away.
+        kv_cache: a :class:`gqa_kernels.KVCache` or :class:`gqa_kernels.PagedKVCache` for the model's layers, KV heads
+            and head_dim and the rows of ``input_ids``, in the model's dtype or quantised, made outside of inference
+            mode. ``input_ids`` go on from what it holds; afterwards it holds them and the new tokens but the last one,
+            with which the next call begins. Where a row ended before others, it goes on with what was drawn there, not
+            with padding: ``crop`` takes that back. None: a cache of the model's own, for this call.
 
     Returns:
         int64 ``[batch, tokens + new]``: the prompts and what follows, padded behind each row's end.
@@ -69,7 +78,7 @@ def generate(
     Raises:
         ValueError: an argument is wrong, or the model or the prompts cannot be served, with the reason.
 
-    Interrupted, by an exception of the streamer or from the keyboard, it leaves the model as it was.
+    Interrupted, by an exception of the streamer or from the keyboard, it leaves the model and the cache as they were.
 
     PyTorch equivalent: ``model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens,
     do_sample=False)``.
@@ -84,35 +93,46 @@ def generate(
         seed = int(torch.randint(2**62, ())) if do_sample else 0
     settings = Settings(do_sample, seed, temperature, top_k, top_p, min_p, repetition_penalty)
     try:
-        with session_of(model, input_ids, attention_mask, settings, max_new_tokens) as session:
+        with session_of(model, input_ids, attention_mask, settings, max_new_tokens, kv_cache) as session:
             if streamer is not None:
                 streamer.put(session.input_ids.cpu())
-            return run(session, stopping, max_new_tokens, check_every, streamer)
+            sequences = run(session, stopping, max_new_tokens, check_every, streamer)
+            if kv_cache is not None:
+                kv_cache.advance(sequences.shape[1] - 1)
+            return sequences
     except Unserved as reason:
         raise ValueError(f"generate: the call cannot be served: {reason}") from None
 
 
 @contextmanager
 def session_of(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, settings: Settings | None, max_new_tokens: int
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    settings: Settings | None,
+    max_new_tokens: int,
+    cache: BaseCache | None,
 ) -> Iterator[Session]:
     """A session that has gone through the prompts. Raises :class:`Unserved`, before anything has changed."""
     kept = kept_for(model)
     with torch.inference_mode(False), torch.no_grad(), kept.exclusively():
         weights = kept.weights(model)
-        total = input_ids.shape[1] + max_new_tokens
-        check_length(model, weights.rotary, input_ids.shape[1], total)
+        rows, prompt = input_ids.shape
+        if cache is not None:
+            check_cache(cache, weights, rows)
+        check_length(model, weights.rotary, cache.length_bound if cache is not None else 0, prompt, max_new_tokens)
         device = weights.device
         ids = input_ids.to(device=device, dtype=torch.int64)
         on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         with on_device, torch.autocast(device.type, enabled=False):
-            leftpad = leftpad_of(ids, attention_mask)
-            try:
-                session = Session(kept, ids, leftpad, settings, max_new_tokens)
-            except torch.OutOfMemoryError as error:
-                kept.release()
-                raise Unserved(f"its buffers do not fit into memory: {str(error).splitlines()[0]}") from None
-            yield session
+            leftpad = leftpad_of(ids, attention_mask, cache.length if cache is not None else 0)
+            with room_in(cache, prompt + max_new_tokens - 1) if cache is not None else nullcontext():
+                try:
+                    session = Session(kept, ids, leftpad, settings, max_new_tokens, cache)
+                except torch.OutOfMemoryError as error:
+                    kept.release()
+                    raise Unserved(f"its buffers do not fit into memory: {str(error).splitlines()[0]}") from None
+                yield session
 
 
 def run(session: Session, stopping: Stopping, max_new_tokens: int, check_every: int, streamer: Any) -> Tensor:

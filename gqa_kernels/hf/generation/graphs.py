@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from gqa_kernels.hf.generation.drawing import Drawing
 from gqa_kernels.hf.generation.prefill import Prefill
 from gqa_kernels.hf.generation.record import ModelWeights, Unserved
-from gqa_kernels.hf.generation.state import State, batch_bucket, capacity_bucket
+from gqa_kernels.hf.generation.state import State, batch_bucket, capacity_bucket, own_cache
 from gqa_kernels.hf.generation.step import embed, forward, logits_of
 from gqa_kernels.hf.generation.watch import Watch
 from gqa_kernels.hf.generation.weights import read_weights
 from gqa_kernels.hf.generation.whole_step import whole_step
+from gqa_kernels.kv_cache import BaseCache
 from gqa_kernels.validation import validating
 
 #: Batch sizes whose buffers are kept; a further one takes the place of the one used longest ago.
@@ -34,12 +35,12 @@ class Kind(NamedTuple):
 
 
 class Stepper:
-    """One batch size of a model: its state, and steps over it, replayed from a CUDA graph or run as they are."""
+    """One cache of a model: its state, and steps over it, replayed from a CUDA graph or run as they are."""
 
-    def __init__(self, weights: ModelWeights, batch: int, capacity: int, pool: Any) -> None:
+    def __init__(self, weights: ModelWeights, cache: BaseCache, pool: Any) -> None:
         self.weights, self._pool = weights, pool
-        self.state = State(weights, batch, capacity)
-        self.drawing = Drawing(batch, weights.device)
+        self.state = State(weights, cache)
+        self.drawing = Drawing(cache.batch, weights.device)
         self.prefill = Prefill(weights, self.state, pool)
         self._captured: dict[Kind, torch.cuda.CUDAGraph] = {}
 
@@ -86,7 +87,7 @@ class Stepper:
 
     def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph:
         self.drawing.reserve(kind.active or ())
-        self.state.begin(0, None)
+        self.state.begin(0, None)  # what is written meanwhile, a prompt takes the place of
         streams: Any = torch.cuda
         side = streams.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -108,7 +109,8 @@ class Kept:
         self._weights: ModelWeights | None = None
         self._fingerprint: tuple[object, ...] = ()
         self._watch: Watch | None = None
-        self._steppers: OrderedDict[int, Stepper] = OrderedDict()
+        self._steppers: OrderedDict[int, Stepper] = OrderedDict()  # by batch size
+        self._over: WeakKeyDictionary[BaseCache, Stepper] = WeakKeyDictionary()  # caches of callers
         self._pool: Any = None
         self._done: torch.Event | None = None  # on the device, behind the last call
 
@@ -140,26 +142,34 @@ class Kept:
         self._weights.refresh()
         return self._weights
 
-    def stepper(self, rows: int, tokens: int) -> Stepper:
-        """A stepper for so many rows and tokens: a kept one, or one that takes its place."""
+    def stepper(self, rows: int, tokens: int, cache: BaseCache | None) -> Stepper:
+        """A stepper over the caller's cache, or for so many rows and tokens: a kept one, or one in its place."""
         weights = self._weights
         assert weights is not None
         on_gpu = weights.device.type == "cuda"
+        if on_gpu and self._pool is None:
+            self._pool, self._done = torch.cuda.graph_pool_handle(), torch.Event(weights.device)
+        if cache is not None:
+            over = self._over.pop(cache, None)
+            if over is None or not over.state.is_over(cache):
+                over = None  # the buffers that the cache has left
+                over = Stepper(weights, cache, self._pool)
+            self._over[cache] = over
+            return over
         batch = batch_bucket(rows) if on_gpu else rows
         stepper = self._steppers.pop(batch, None)
         if stepper is None or stepper.state.capacity < tokens:
             stepper = None  # its memory, before more is asked for
             while len(self._steppers) >= KEPT_STATES:
                 self._steppers.popitem(last=False)
-            if on_gpu and self._pool is None:
-                self._pool, self._done = torch.cuda.graph_pool_handle(), torch.Event(weights.device)
-            stepper = Stepper(weights, batch, capacity_bucket(tokens), self._pool)
+            stepper = Stepper(weights, own_cache(weights, batch, capacity_bucket(tokens)), self._pool)
         self._steppers[batch] = stepper
         return stepper
 
     def release(self) -> None:
         self._weights, self._watch, self._fingerprint = None, None, ()
         self._steppers.clear()
+        self._over.clear()
         self._pool = None
 
 

@@ -63,7 +63,7 @@ def _loop(
         device_draws = not generation_config.do_sample and not logits_processor
         settings = Settings(do_sample=False, seed=0) if device_draws else None
         every = CHECK_EVERY if streamer is None else 1
-        with session_of(model, input_ids, model_kwargs.get("attention_mask"), settings, new_tokens) as session:
+        with session_of(model, input_ids, model_kwargs.get("attention_mask"), settings, new_tokens, None) as session:
             if device_draws:
                 return run(session, stopping, new_tokens, every, streamer)
             return _run(session, stopping, new_tokens, every, streamer, logits_processor, generation_config.do_sample)

@@ -57,6 +57,10 @@ class LayerWeights:
     scale: float
     window: int | None  # keys that a query sees, itself included
 
+    def window_left(self, capacity: int) -> int:
+        """As the ops take it. A window that no cache of this capacity exceeds is none: kernels without are faster."""
+        return -1 if self.window is None or self.window >= capacity else self.window - 1
+
 
 @dataclass(frozen=True)
 class ModelWeights:

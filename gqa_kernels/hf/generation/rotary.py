@@ -64,12 +64,15 @@ def dynamic_limit(rotary: Any) -> int | None:
     return limit
 
 
-def check_length(model: Any, rotary: Any, prompt: int, total: int) -> None:
-    limit, switch = dynamic_limit(rotary), switch_of(rotary)
+def check_length(model: Any, rotary: Any, cached: int, prompt: int, new: int) -> None:
+    """Whether sequences can go on from so many cached tokens: by a prompt, then by new ones."""
+    limit, switch, start, total = dynamic_limit(rotary), switch_of(rotary), cached + prompt, cached + prompt + new
     if limit is not None and total > limit:
         raise Unserved(f"dynamic rotary scaling changes with each token beyond {limit}, and {total} are asked for")
-    if switch is not None and prompt <= switch < total and model.config.model_type != "phi3":
+    crosses = switch is not None and (0 < cached <= switch < total or start <= switch < total)
+    if crosses and (cached or model.config.model_type != "phi3"):  # Phi-3 goes through all tokens again
         raise Unserved(f"the sequence would cross from longrope's short factors to its long ones, at {switch}")
     longest = model.config.max_position_embeddings
     if total > longest:
-        raise Unserved(f"the prompt of {prompt} and {total - prompt} new tokens exceed the model's {longest} positions")
+        before = f"{cached} cached tokens, the" if cached else "the"
+        raise Unserved(f"{before} prompt of {prompt} and {new} new tokens exceed the model's {longest} positions")

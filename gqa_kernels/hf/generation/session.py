@@ -8,6 +8,7 @@ from torch import Tensor
 from gqa_kernels.hf.generation.drawing import Settings
 from gqa_kernels.hf.generation.graphs import Kept, Kind
 from gqa_kernels.hf.generation.rotary import switch_of
+from gqa_kernels.kv_cache import BaseCache
 
 
 class Session:
@@ -17,12 +18,19 @@ class Session:
     """
 
     def __init__(
-        self, kept: Kept, input_ids: Tensor, leftpad: Tensor | None, settings: Settings | None, max_new_tokens: int
+        self,
+        kept: Kept,
+        input_ids: Tensor,
+        leftpad: Tensor | None,
+        settings: Settings | None,
+        max_new_tokens: int,
+        cache: BaseCache | None,
     ) -> None:
         self.input_ids = input_ids
         self.rows, self.prompt = input_ids.shape
         self.drawn = 0
-        self._stepper = kept.stepper(self.rows, self.prompt + max_new_tokens)
+        self._cached = cache.length_bound if cache is not None else 0
+        self._stepper = kept.stepper(self.rows, self.prompt + max_new_tokens, cache)
         self._kind = Kind(settings.active() if settings is not None else None, leftpad is not None)
         self._replay = self._stepper.prepare(self._kind)
         self._switch = switch_of(self._stepper.weights.rotary)
@@ -35,7 +43,7 @@ class Session:
         self._prefill(input_ids)
 
     def step(self) -> None:
-        if self._switch is not None and self.prompt + self.drawn == self._switch + 1:
+        if self._switch is not None and self._cached + self.prompt + self.drawn == self._switch + 1:
             self._prefill(self.sequences())  # other frequencies from here on: the cached keys have the old ones
             return
         self._replay()
@@ -61,7 +69,7 @@ class Session:
 
     def _prefill(self, ids: Tensor) -> None:
         stepper, length = self._stepper, ids.shape[1]
-        stepper.state.tables.fill(length)
+        stepper.state.tables.fill(self._cached + length)
         logits = stepper.prefill(ids, padded=self._kind.padded)
         stepper.state.set_place(self.rows, length - 1, self.drawn)
         stepper.finish(self._kind, logits)

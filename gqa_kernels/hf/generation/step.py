@@ -20,20 +20,20 @@ def forward(weights: ModelWeights, state: State, hidden: Tensor, *, padded: bool
     """Embeddings ``[rows, tokens, width]`` to normed hidden states of the same shape, appending to the caches of the
     first ``rows`` rows at ``state.lengths``."""
     rows, tokens = hidden.shape[:2]
-    lengths, leftpad = state.lengths[:rows], state.leftpad[:rows] if padded else None
-    common: dict[str, Any] = {"cache_seqlens": lengths, "cache_leftpad": leftpad}
+    where = state.where(rows, padded=padded)
     rotary: dict[str, Any] = {"rotary_cos": state.tables.cos, "rotary_sin": state.tables.sin}
     positions = None
     if tokens > MAX_DECODE_QUERIES or any(layer.qk_norms for layer in weights.layers):
-        positions = lengths[:, None] + torch.arange(tokens, device=hidden.device)
-        if leftpad is not None:
-            positions = (positions - leftpad[:, None]).clamp_(min=0)
+        positions = where["cache_seqlens"][:, None] + torch.arange(tokens, device=hidden.device)
+        if padded:
+            positions = (positions - where["cache_leftpad"][:, None]).clamp_(min=0)
 
     residual = hidden
     normed = gqa_kernels.rmsnorm(hidden, weights.layers[0].input_norm.weight, weights.layers[0].input_norm.eps)
     following = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
-    for layer, (keys, values), norm in zip(weights.layers, state.caches, following):
-        out = _attention(layer, normed, (keys[:rows], values[:rows]), common, rotary, positions)
+    for index, (layer, norm) in enumerate(zip(weights.layers, following)):
+        options = {**where, **state.scales[index], "window_size": (layer.window_left(state.capacity), -1)}
+        out = _attention(layer, normed, state.layer(index, rows), options, rotary, positions)
         normed, residual = gqa_kernels.add_rmsnorm(out, residual, layer.mlp_norm.weight, layer.mlp_norm.eps)
         normed, residual = gqa_kernels.add_rmsnorm(_feed_forward(layer, normed), residual, norm.weight, norm.eps)
     return normed
@@ -52,7 +52,7 @@ def _attention(
     layer: LayerWeights,
     normed: Tensor,
     cache: tuple[Tensor, Tensor],
-    common: dict[str, Any],
+    options: dict[str, Any],
     rotary: dict[str, Any],
     positions: Tensor | None,
 ) -> Tensor:
@@ -67,15 +67,13 @@ def _attention(
     elif tokens > MAX_DECODE_QUERIES:  # the fastest kernels of prefill take rotated q and k
         gqa_kernels.rope_(q, k, *rotary.values(), position_ids=positions)
         rotary = {}
-    # A window that no cache of this capacity exceeds is none, and kernels without one are faster.
-    keys, values = cache
-    windowed = layer.window is not None and layer.window < keys.shape[1]
-    window = (layer.window - 1, -1) if windowed and layer.window is not None else (-1, -1)
-    options: dict[str, Any] = {**common, **rotary, "softmax_scale": layer.scale, "window_size": window}
+    options = {**options, **rotary, "softmax_scale": layer.scale}
     if tokens <= MAX_DECODE_QUERIES:
-        out: Any = gqa_kernels.gqa_attention_decode(q, keys, values, k, v, **options)
+        # Lengths and rows that an earlier step or chunk wrote are followed by an embedding, and torch launches that the
+        # ordinary way: after the end of all kernels before it, whatever the model. So static_prefix holds.
+        out: Any = gqa_kernels.gqa_attention_decode(q, *cache, k, v, **options, static_prefix=True)
     else:
-        out = gqa_kernels.gqa_attention_prefill(q, k, v, keys, values, **options)
+        out = gqa_kernels.gqa_attention_prefill(q, k, v, *cache, **options)
     return _linear(out.view(rows, tokens, -1), layer.o)
 
 

@@ -43,6 +43,8 @@ def read_weights(model: nn.Module) -> ModelWeights:
         rotary=body.rotary_emb,
     )
     _check_tensors(record)
+    if len({(layer.kv_heads, layer.head_dim) for layer in record.layers}) > 1:
+        raise Unserved("its layers differ in their KV heads")
     return record
 
 
@@ -102,7 +104,8 @@ def _projection(parent: Any, parts: tuple[str, ...], name: str) -> Projection:
 def _plain(module: Any, kind: type[nn.Module], name: str) -> None:
     """That calling the module means its class's forward, or patch()'s, and nothing else: no adapter, no hook."""
     if type(module) is not kind:
-        raise Unserved(f"{name} is a {type(module).__name__}, not a plain {kind.__name__}")
+        found = f"{type(module).__module__}.{type(module).__qualname__}"  # an adapter's class is a Linear, too
+        raise Unserved(f"{name} is a {found}, not a plain {kind.__name__}")
     if module._forward_hooks or module._forward_pre_hooks:
         raise Unserved(f"{name} has hooks")
     bound = vars(module).get("forward")

@@ -20,6 +20,8 @@ def whole_step(weights: ModelWeights, state: State, *, padded: bool) -> Tensor |
     better, or the kernel doesn't serve it."""
     if weights.device.type != "cuda" or not _is_plain(weights) or not _is_small(weights, state.batch):
         return None
+    if state.block_table is not None or state.keys[0].dtype != weights.dtype:
+        return None
     arguments, options = _call(weights, state, padded)
     try:
         gqa_kernels.explain("decoder_step", *arguments, **options)
@@ -50,13 +52,12 @@ def _is_small(weights: ModelWeights, rows: int) -> bool:
 
 def _call(weights: ModelWeights, state: State, padded: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     layers = weights.layers
-    keys, values = zip(*state.caches)
     q, k, v = zip(*(_parts(layer.qkv.weights, _heads(layer)) for layer in layers))
     gate, up = zip(*(_parts(layer.gate_up.weights, [layer.down.weights[0].shape[1]] * 2) for layer in layers))
     arguments = (
         state.hidden[:, 0],
-        keys,
-        values,
+        state.keys,
+        state.values,
         q,
         k,
         v,
@@ -76,7 +77,7 @@ def _call(weights: ModelWeights, state: State, padded: bool) -> tuple[tuple[Any,
         "rotary_cos": state.tables.cos,
         "rotary_sin": state.tables.sin,
         "softmax_scale": layers[0].scale,
-        "window_left": [_window_left(layer, state.capacity) for layer in layers],
+        "window_left": [layer.window_left(state.capacity) for layer in layers],
     }
     biases = [_parts((layer.qkv.bias,), _heads(layer)) for layer in layers if layer.qkv.bias is not None]
     if biases:
@@ -94,7 +95,3 @@ def _heads(layer: LayerWeights) -> list[int]:
 def _parts(tensors: tuple[Tensor, ...], sizes: list[int]) -> tuple[Tensor, ...]:
     """Matrices that may lie in one."""
     return tensors if len(tensors) > 1 else torch.split(tensors[0], sizes)
-
-
-def _window_left(layer: LayerWeights, capacity: int) -> int:
-    return -1 if layer.window is None or layer.window >= capacity else layer.window - 1
