@@ -26,6 +26,7 @@ class Contestant:
     capturing: Callable[[Inputs], AbstractContextManager[Any]] = nullcontext  # inputs as a graph is captured with them
     edit: Callable[[torch.cuda.CUDAGraph], None] | None = None  # changes the graph before it is made ready
     check: Callable[[Inputs, Any], None] | None = None  # in place of the case's
+    flops: float | None = None  # of one that does other work than the case: only rates can be compared
     aim: Aim | None = None
     host: bool = True  # also time the call as Python makes it
     is_peer: bool = True  # if not ours
@@ -127,7 +128,11 @@ def _measure(
         kernel = kernel_us(contestant.call, inputs, settings, contestant.capturing, contestant.edit)
     if contestant.host or kernel is None:
         call = call_us(contestant.call, inputs[0], settings)
-    return _row(case, contestant.name, kernel, call, limit)
+    if contestant.flops is None:
+        return _row(case, contestant.name, kernel, call, limit)
+    row = Row(case.group, case.op, case.shape, contestant.name, kernel_us=kernel, call_us=call)
+    row.tflops = contestant.flops / row.us * 1e-6
+    return row
 
 
 def _row(case: Case, impl: str, kernel: float | None, call: float | None, limit: float | None) -> Row:

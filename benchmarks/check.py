@@ -24,18 +24,38 @@ def assert_close(actual: Any, reference: Sequence[Tensor]) -> None:
             raise AssertionError(f"relative error {error:.2e}, allowed {bound:.2e}")
 
 
-def attention_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, causal: bool) -> Tensor:
-    """Query rows ``rows`` of float32 attention. q ``[B, Sq, Hq, D]``, k and v ``[B, Sk, Hkv, D]``."""
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    causal: bool,
+    window: int = -1,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Query rows ``rows`` of float32 attention. q ``[B, Sq, Hq, D]``, k and v ``[B, Sk, Hkv, D]``; with ``causal`` a
+    row sees at most ``window`` keys before its own."""
     group, offset = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
-    hidden = torch.arange(k.shape[1], device=q.device) > (rows + offset)[:, None]
+    position, own = torch.arange(k.shape[1], device=q.device), (rows + offset)[:, None]
+    hidden = position > own
+    if window >= 0:
+        hidden |= position < own - window
     out = []
     for b in range(q.shape[0]):
         keys, values = k[b].transpose(0, 1).float(), v[b].transpose(0, 1).float()
         queries = q[b, rows].transpose(0, 1).float().unflatten(0, (-1, group)).flatten(1, 2)
         scores = (queries @ keys.transpose(1, 2) / math.sqrt(q.shape[-1])).unflatten(1, (group, -1))
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         if causal:
             scores = scores.masked_fill(hidden, -math.inf)
-        heads = (scores.softmax(-1).flatten(1, 2) @ values).unflatten(1, (group, -1)).flatten(0, 1)
+        if sinks is None:
+            weights = scores.softmax(-1)
+        else:
+            extra = sinks.float().view(-1, group, 1, 1).expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+        heads = (weights.flatten(1, 2) @ values).unflatten(1, (group, -1)).flatten(0, 1)
         out.append(heads.transpose(0, 1))
     return torch.stack(out)
 

@@ -1,12 +1,13 @@
 """The memory-bound ops, against a plain copy that moves the same bytes; the whole FFN, against reading its weights.
 
 The main figure rotates over at most 64 inputs, so that small ones are in the L2 cache, as in a model's step; "(cold)"
-rotates over as many as it takes to find a cold cache.
+rotates over as many as it takes to find a cold cache. Calls of one row are measured with ordinary launches too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,43 +15,34 @@ from torch import Tensor
 from torch.nn import functional
 
 import gqa_kernels
-from benchmarks import peers, shapes
+from benchmarks import ops_chain, peers, shapes
 from benchmarks.case import OURS, Case, Contestant, Inputs
 from benchmarks.check import assert_close
-from benchmarks.report import Goal
+from benchmarks.ops_chain import EPS, norm, ordinary, rotate
+from benchmarks.report import Aim
 from benchmarks.timing import Settings
 
-EPS = 1e-5
 WARM_COPIES = 64
-TB_PER_S = 2e12  # the floor under large shapes
+LARGE = 64e6  # bytes, from which on an op should move them as fast as a copy does
+AS_A_COPY = Aim(factor=1 / 0.96)
+ONE_ROW = "rmsnorm", "add_rmsnorm", "swiglu", "rope", "rope_"  # launched programmatically
+ROPE_ALONE = OURS + " (rope alone)"
 
 Sizes = dict[str, tuple[int, ...]]
 
 
-def _norm(x: Tensor, weight: Tensor) -> Tensor:
-    x32 = x.float()
-    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
 def _add_norm(x: Inputs) -> tuple[Tensor, Tensor]:
     total = x["x"] + x["residual"]
-    return _norm(total, x["weight"]), total
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As LlamaAttention does it: x ``[1, S, H, D]``, tables ``[S, D / 2]``."""
-    cos, sin = (torch.cat([t, t], -1)[None, :, None].to(x.dtype) for t in (cos, sin))
-    half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
-    return x * cos + half * sin
+    return norm(total, x["weight"]), total
 
 
 def _rope(x: Inputs) -> tuple[Tensor, Tensor]:
-    return _rotate(x["q"], x["cos"], x["sin"]), _rotate(x["k"], x["cos"], x["sin"])
+    return rotate(x["q"], x["cos"], x["sin"]), rotate(x["k"], x["cos"], x["sin"])
 
 
 def _norm_rope(x: Inputs) -> tuple[Tensor, Tensor]:
-    q, k = _norm(x["q"], x["q_weight"]), _norm(x["k"], x["k_weight"])
-    return _rotate(q, x["cos"], x["sin"]), _rotate(k, x["cos"], x["sin"])
+    q, k = norm(x["q"], x["q_weight"]), norm(x["k"], x["k_weight"])
+    return rotate(q, x["cos"], x["sin"]), rotate(k, x["cos"], x["sin"])
 
 
 def _ffn(x: Inputs) -> Tensor:
@@ -77,10 +69,24 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
         yield from _row_cases(settings, count, hidden, intermediate)
         yield from _rope_cases(settings, count, shapes.ROPE_HEADS)
     if not quick:
-        for shape in shapes.NORMS if settings.cuda else shapes.NORMS_CPU:
-            yield from _norm_cases(settings, shape.rows, shape.width)
-        for count, heads in shapes.ROPES if settings.cuda else []:
-            yield from _rope_cases(settings, count, heads)
+        for attention in shapes.OPS_CHAIN if settings.cuda else []:
+            yield ops_chain.case(attention, intermediate, settings)
+        yield from _product_cases(settings, tokens, hidden, intermediate)
+        for case in _other_widths(settings):  # a second each for torch.compile is too long
+            case.contestants = [c for c in case.contestants if c.name != "torch.compile"]
+            yield case
+
+
+def _other_widths(settings: Settings) -> Iterator[Case]:
+    for shape in shapes.NORMS if settings.cuda else shapes.NORMS_CPU:
+        yield from _norm_cases(settings, shape.rows, shape.width)
+    for shape in shapes.SWIGLUS if settings.cuda else []:
+        yield _swiglu_case(settings, shape.rows, shape.width)
+    for count, heads in shapes.ROPES if settings.cuda else []:
+        yield from _rope_cases(settings, count, heads)
+
+
+def _product_cases(settings: Settings, tokens: list[int], hidden: int, intermediate: int) -> Iterator[Case]:
     for count in tokens:
         sizes = {"w_gate": (intermediate, hidden), "w_up": (intermediate, hidden), "w_down": (hidden, intermediate)}
         ours = Contestant(OURS, lambda x: gqa_kernels.swiglu_ffn(x["x"], x["w_gate"], x["w_up"], x["w_down"]))
@@ -112,7 +118,7 @@ def _norm_cases(settings: Settings, rows: int, hidden: int) -> Iterator[Case]:
         shape,
         {"x": narrow, "weight": (hidden,)},
         Contestant(OURS, lambda x: gqa_kernels.rmsnorm(x["x"], x["weight"], EPS)),
-        lambda x: _norm(x["x"], x["weight"]),
+        lambda x: norm(x["x"], x["weight"]),
         [
             Contestant("F.rms_norm", lambda x: functional.rms_norm(x["x"], (hidden,), x["weight"], EPS)),
             *peers.flashinfer_op(settings.device, lambda f: lambda x: f.rmsnorm(x["x"], x["weight"], EPS)),
@@ -130,7 +136,7 @@ def _norm_cases(settings: Settings, rows: int, hidden: int) -> Iterator[Case]:
 
 
 def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) -> Iterator[Case]:
-    wide, narrow = (rows, intermediate), (rows, hidden)
+    narrow = rows, hidden
     yield from _norm_cases(settings, rows, hidden)
     yield _case(
         settings,
@@ -140,11 +146,15 @@ def _row_cases(settings: Settings, rows: int, hidden: int, intermediate: int) ->
         Contestant(OURS, lambda x: gqa_kernels.residual_add(x["x"], x["residual"])),
         lambda x: x["x"] + x["residual"],
     )
-    yield _case(
+    yield _swiglu_case(settings, rows, intermediate)
+
+
+def _swiglu_case(settings: Settings, rows: int, intermediate: int) -> Case:
+    return _case(
         settings,
         "swiglu",
         f"{rows} x {intermediate}",
-        {"gate": wide, "up": wide},
+        {"gate": (rows, intermediate), "up": (rows, intermediate)},
         Contestant(OURS, lambda x: gqa_kernels.swiglu(x["gate"], x["up"])),
         lambda x: functional.silu(x["gate"]) * x["up"],
     )
@@ -159,16 +169,21 @@ def _rope_cases(settings: Settings, tokens: int, heads: tuple[int, int, int]) ->
         "sin": (tokens, head_dim // 2),
     }
     name = f"{tokens} tokens {q_heads}:{kv_heads} D{head_dim}"
-    ours = Contestant(OURS, lambda x: gqa_kernels.rope(x["q"], x["k"], x["cos"], x["sin"]))
-    yield _case(settings, "rope", name, rope_sizes, ours, _rope)
+
+    def rope(x: Inputs) -> Any:
+        return gqa_kernels.rope(x["q"], x["k"], x["cos"], x["sin"])
+
+    yield _case(settings, "rope", name, rope_sizes, Contestant(OURS, rope), _rope)
     norm_sizes = rope_sizes | {"q_weight": (head_dim,), "k_weight": (head_dim,)}
     ours = Contestant(
         OURS,
         lambda x: gqa_kernels.qk_rmsnorm_rope(
             x["q"], x["k"], x["q_weight"], x["k_weight"], x["cos"], x["sin"], eps=EPS
         ),
+        aim=Aim(1.1, beside=ROPE_ALONE) if tokens > 1 else None,
     )
-    yield _case(settings, "qk_rmsnorm_rope", name, norm_sizes, ours, _norm_rope)
+    alone = Contestant(ROPE_ALONE, rope, check=_check_against(_rope), host=False)
+    yield _case(settings, "qk_rmsnorm_rope", name, norm_sizes, ours, _norm_rope, [alone])
     in_place = peers.flashinfer_op(settings.device, _flashinfer_rope)
     yield _case(settings, "rope_", name, rope_sizes, Contestant(OURS, _rope_in_place), _rope, in_place, eager_too=False)
 
@@ -201,6 +216,14 @@ def _dtype(settings: Settings) -> torch.dtype:
     return torch.bfloat16 if settings.cuda else torch.float32
 
 
+def _check_against(eager: Callable[[Inputs], Any]) -> Callable[[Inputs, Any], None]:
+    def check(x: Inputs, out: Any) -> None:
+        reference = eager({n: value.float() for n, value in x.items()})
+        assert_close(out, reference if isinstance(reference, tuple) else [reference])
+
+    return check
+
+
 def _case(
     settings: Settings,
     op: str,
@@ -224,28 +247,28 @@ def _case(
             n: (value * scale[n]).to(torch.float32 if n in ("cos", "sin") else dtype) for n, value in values.items()
         }
 
-    def check(x: Inputs, out: Any) -> None:
-        reference = eager({n: value.float() for n, value in x.items()})
-        assert_close(out, reference if isinstance(reference, tuple) else [reference])
-
     made = make()
     result = eager(made)
     outputs = result if isinstance(result, tuple) else (result,)
     moved = sum(tensor.nbytes for tensor in (*made.values(), *outputs))
-    large = settings.cuda and op not in ("swiglu_ffn", "linear") and moved >= 64e6
-    contestants = [ours, *others]
+    large = settings.cuda and op not in ("swiglu_ffn", "linear") and moved >= LARGE
+    contestants = [replace(ours, aim=AS_A_COPY) if large and ours.aim is None else ours]
+    if shape.startswith("1 ") and op in ONE_ROW:
+        contestants = ordinary(ours, 1, settings)
+    contestants += others
     if eager_too:
-        contestants += [Contestant("torch eager", eager), *peers.compiled(eager, settings.device)]
+        found = [Contestant("torch eager", eager), *peers.compiled(eager, settings.device)]
+        contestants += [replace(peer, host=not settings.cuda) for peer in found]
     return Case(
         group="ops",
         op=op,
         shape=shape,
         make=make,
         contestants=contestants,
-        check=check,
+        check=_check_against(eager),
         limit="copy",
         traffic=moved,
         most_copies=WARM_COPIES,
         cold_too=True,
-        goals=(Goal(rate=TB_PER_S),) if large else (),
+        goal_us=shapes.OPS_GOALS.get(f"{op} {shape}"),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import gqa_kernels
-from benchmarks import peers, shapes
+from benchmarks import peers, prefill_options, shapes
 from benchmarks.case import OURS, Case, Contestant, Inputs
 from benchmarks.check import assert_close, attention_rows, some_rows
 from benchmarks.report import Goal
@@ -23,6 +23,8 @@ def cases(settings: Settings, quick: bool) -> Iterator[Case]:
         wanted = shapes.PREFILL_QUICK if quick else shapes.PREFILL
     for shape in wanted:
         yield _case(shape, settings)
+    if settings.cuda and not quick:
+        yield from prefill_options.cases()
 
 
 def _case(shape: Attention, settings: Settings) -> Case:

@@ -23,7 +23,7 @@ OURS = "gqa_kernels"
 TITLES = {
     "decode": "Decode attention, bfloat16, one query, cold cache; the limit is a kernel that only reads the cache",
     "prefill": "Prefill attention, bfloat16; the limit is a matrix product of as many operations",
-    "ops": "Memory-bound ops, bfloat16; the limit is a copy of as many bytes",
+    "ops": "Memory-bound ops, bfloat16, us; the limit is a copy of as many bytes, or reading the weights",
     "sample": "Sampling, bfloat16 logits; the limit is a kernel that only reads them",
 }
 
@@ -77,7 +77,12 @@ def render() -> str:
         "",
     ]
     for group, result in results.items():
-        write = {"model": model_table, "decode": tables.side_by_side, "prefill": tables.side_by_side}.get(group, table)
+        write = {
+            "model": model_table,
+            "decode": tables.side_by_side,
+            "prefill": tables.side_by_side,
+            "ops": tables.ops,
+        }.get(group, table)
         lines += [titles[group] + ":", "", *write(result["rows"]), ""]
     return BEGIN + "\n" + "\n".join(lines) + END
 

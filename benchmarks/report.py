@@ -60,13 +60,15 @@ class Aim:
 @dataclass(frozen=True)
 class Goal:
     """A floor under our speed: ``share`` of the limit, ``rate`` in bytes/s, or ``peer`` x that peer's speed; or, for
-    another way to run the same call, ``at_most`` x our time; or ours is at most a share of the time ``beside`` it."""
+    another way to run the same call, ``at_most`` x our time; or ours is at most a share of the time ``beside`` it; or
+    at least ``rate_of`` x the operations per second of one that does other work."""
 
     share: float | None = None
     rate: float | None = None
     peer: tuple[str, float] | None = None
     at_most: tuple[str, float] | None = None
     beside: tuple[str, float] | None = None
+    rate_of: tuple[str, float] | None = None
 
     def verdict(self, rows: list[Row]) -> str:
         ours = rows[0]
@@ -77,12 +79,15 @@ class Goal:
             rate = ours.bytes_per_s or 0.0
             text, met = f"{rate / 1e12:.2f} TB/s, at least {self.rate / 1e12:.1f}", rate >= self.rate
         else:
-            name, factor = self.peer or self.at_most or self.beside or ("", 0.0)
+            name, factor = self.peer or self.at_most or self.beside or self.rate_of or ("", 0.0)
             other = next((row for row in rows if row.impl == name), None)
             if other is None:
                 return f"{ours.op} {ours.shape}: {name} did not run"
             ratio = other.us / ours.us
-            if self.peer is not None:
+            if self.rate_of is not None:
+                ratio = (ours.tflops or 0.0) / (other.tflops or float("inf"))
+                text, met = f"{ratio:.3f} x the rate of {name}, at least {factor:.3f} x", ratio >= factor
+            elif self.peer is not None:
                 text, met = f"{ratio:.2f} x {name}, at least {factor:.2f} x", ratio >= factor
             elif self.beside is not None:
                 text, met = f"{1 / ratio:.3f} x the time of {name}, at most {factor} x", 1 / ratio <= factor

@@ -136,13 +136,22 @@ ROWS_CPU = [1, 512]
 HIDDEN, INTERMEDIATE = 4096, 14336
 HIDDEN_CPU, INTERMEDIATE_CPU = 1024, 2048
 # As many elements as 8192 x 4096 in rows of other widths, and one wide row.
-NORMS = [Rows(2**25 // width, width) for width in (896, 3584, 4100, 5120, 18944, 65536)]
+NORMS = [Rows(2**25 // width, width) for width in (896, 3584, 4100, 5120, 14336, 18944, 65536)]
 NORMS += [Rows(1, 18944)]
 NORMS_CPU = [Rows(100, 900)]
 ROPE_HEADS = 32, 8, 128
 ROPES = [(8192, (14, 2, 64)), (8192, (32, 32, 96)), (4096, (64, 8, 128)), (4096, (16, 8, 256))]
+SWIGLUS = [Rows(2**26 // width, width) for width in (4864, 18944)]
+OPS_CHAIN = _decode((32, 8, 128), (1, K))
 FFN_TOKENS = [1, 16, 2048]
 FFN_TOKENS_CPU = [1]
+OPS_GOALS = {  # microseconds
+    **{f"rmsnorm {n} x 4096": us for n, us in zip(ROWS, (1.25, 1.35, 3.8, 34.0))},
+    **{f"add_rmsnorm {n} x 4096": us for n, us in zip(ROWS, (1.35, 1.5, 5.6, 66.0))},
+    **{f"swiglu {n} x 14336": us for n, us in zip(ROWS, (1.35, 2.1, 12.3, 165.0))},
+    **{f"rope {n} tokens 32:8 D128": us for n, us in zip(ROWS, (1.3, 1.4, 4.6, 43.0))},
+    **{f"swiglu_ffn {n} x 4096/14336": us for n, us in zip(FFN_TOKENS, (82.0, 90.0))},
+}
 
 SAMPLE = [Rows(1, 151936), Rows(1, 128256), Rows(16, 128256), Rows(64, 128256)]
 SAMPLE_CPU = [Rows(1, 32000), Rows(4, 32000)]

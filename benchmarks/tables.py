@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.decode import ABOVE_FLOOR, RAGGED_ABOVE_FLOOR
+from benchmarks.published import FLASHINFER, SOURCE, TIMES
 from benchmarks.shapes import DECODE_GOALS
 
 Rows = list[dict[str, Any]]
@@ -33,6 +34,36 @@ def side_by_side(rows: Rows) -> list[str]:
         name = mine["shape"] if mine["op"].startswith("gqa_attention") else f"{mine['op']} {mine['shape']}"
         cells = [number(us) for us in (mine["kernel_us"], mine["limit_us"], *(times.get(peer) for peer in peers))]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def ops(rows: Rows) -> list[str]:
+    """The memory-bound ops beside a copy, their peers and another run's; then calls judged by others of this run."""
+    found = list(_plain(rows))
+    peers = list(dict.fromkeys(peer for _, times in found for peer in times))
+    heads = [OURS, "goal", "copy", "of it", *peers, FLASHINFER]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for mine, times in found:
+        name = f"{mine['op']} {mine['shape']}"
+        share = "" if mine["share"] is None else f"{mine['share']:.2f}"
+        others = (number(us) for us in (*(times.get(peer) for peer in peers), TIMES.get(name)))
+        cells = [number(mine["kernel_us"]), number(mine.get("goal_us")), number(mine["limit_us"]), share, *others]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    judged = {(row["op"], row["shape"], row["impl"]): row["kernel_us"] for row in rows}
+    beside = [row for row in rows if row.get("beside") and row["aim_us"] is not None]
+    lines += ["", SOURCE]
+    lines += ["", "| | us | beside | us | at most |", "|---|---|---|---|---|"] if beside else []
+    for row in beside:
+        other = number(judged[row["op"], row["shape"], row["beside"]])
+        name = row["beside"].removeprefix(OURS).strip(" ()")
+        cells = [
+            number(row["kernel_us"]),
+            name,
+            other,
+            number(row["aim_us"]),
+            _verdict(row["kernel_us"], row["aim_us"]),
+        ]
+        lines.append(f"| {row['op']} {row['shape']} | {' | '.join(cells[:3])} | {cells[3]} {cells[4]} |")
     return lines
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,6 @@ LEFT_OUT = {
     "initcheck": {
         "combine_splits": "reads, beside the sums of a split without keys, its row that nobody wrote, and drops it",
         "swiglu_rows": "of swiglu_ffn reads what torch's products wrote, which the tool does not watch",
-    },
-    "synccheck": {
-        "decoder_step": "has more mbarriers than the tool follows, ten in each of 132 blocks; the launch then fails",
     },
     "racecheck": {
         "decode_ring": "thread 0 initialises an mbarrier and arrives; the tool takes the first for 32 lanes'",
@@ -61,7 +59,8 @@ def large_call(op: str, dtype: torch.dtype, head_dim: int) -> Call:
 
 
 def hopper_calls(op: str, tool: str) -> list[Call]:
-    """What else the kernels for Hopper have: ragged, cached and paged prompts, every tile, keys of 16 blocks."""
+    """What else the kernels for Hopper have: ragged, cached and paged prompts, every tile, keys of 16 blocks, weights
+    of every kind and as many tokens as the streaming kernel has instances for."""
     generator = torch.Generator().manual_seed(1)
 
     def make(*shape: int) -> Tensor:
@@ -73,6 +72,8 @@ def hopper_calls(op: str, tool: str) -> list[Call]:
     if op == "gqa_attention_decode":
         pages = {"cache_seqlens": ints(2000), "block_table": ints(*range(33)).view(1, -1), "window_size": (1500, 0)}
         return [((make(1, 2, 4, dim), make(33, 64, 1, dim), make(33, 64, 1, dim)), pages) for dim in (64, 128)]
+    if op in ("linear", "swiglu_ffn"):
+        return [streaming_call(op, tokens, e4m3, make) for tokens in (1, 3, 8, 12) for e4m3 in (False, True)]
     if op != "gqa_attention_prefill":
         return []
     ends = {"cu_seqlens_q": ints(0, 130, 200), "cu_seqlens_k": ints(0, 130, 200), "max_seqlen_q": 130}
@@ -93,6 +94,23 @@ def hopper_calls(op: str, tool: str) -> list[Call]:
             ((make(7, 64, 40, 64), make(7, 64, 8, 64), make(7, 64, 8, 64)), {}),
         ]
     return calls
+
+
+def streaming_call(op: str, tokens: int, e4m3: bool, make: Callable[..., Tensor]) -> Call:
+    """Outputs and columns that end within a tile, weights that may be read early; a few rows a block, and many."""
+    columns, outputs = (272, 9000) if tokens == 3 else (528, 200)
+
+    def weight(*shape: int) -> Tensor:
+        return make(*shape).to(torch.float8_e4m3fn) if e4m3 else make(*shape)
+
+    options: dict[str, Any] = {"residual": make(tokens, outputs), "static_weights": tokens != 8}
+    scale = torch.ones(2 * 304 if op == "swiglu_ffn" else outputs).cuda()
+    if op == "linear":
+        weights = [weight(outputs - 40, columns), weight(40, columns)]
+        return (make(tokens, columns), *weights), options | ({"weight_scale": scale} if e4m3 else {})
+    weights = [weight(304, columns), weight(304, columns), weight(outputs, 304)]
+    scales = {"gate_up_scale": scale, "down_scale": torch.ones(outputs).cuda()}
+    return (make(tokens, columns), *weights), options | (scales if e4m3 else {})
 
 
 FAULTY = {

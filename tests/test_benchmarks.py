@@ -13,7 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks import decode_ways, shapes, tables
+from benchmarks import decode_ways, ops_chain, prefill_options, shapes, tables
 from benchmarks.__main__ import CASES, main, parse
 from benchmarks.case import OURS, Case, Contestant, measure
 from benchmarks.check import assert_close, attention_rows, some_rows
@@ -86,6 +86,41 @@ def test_attention_reference_against_sdpa() -> None:
         assert_close(attention_rows(q, k, v, rows, causal), [expected[:, rows].float()])
 
 
+def test_attention_reference_with_options() -> None:
+    """Window, softcap and sinks against one row computed by hand."""
+    q, k, v, sinks = torch.randn(1, 3, 4, 8), torch.randn(1, 9, 2, 8), torch.randn(1, 9, 2, 8), torch.randn(4)
+    out = attention_rows(q, k, v, torch.tensor([1]), True, window=2, softcap=1.5, sinks=sinks)
+    for head in range(4):
+        seen = slice(5, 8)  # the row is at position 7
+        scores = 1.5 * torch.tanh(k[0, seen, head // 2] @ q[0, 1, head] / 8**0.5 / 1.5)
+        weights = torch.cat([scores, sinks[head, None]]).softmax(0)[:-1]
+        assert_close(out[0, 0, head], [weights @ v[0, seen, head // 2]])
+
+
+def test_other_work_is_compared_by_its_rate() -> None:
+    case_ = case(lambda x: x["x"] * 2)
+    case_.flops = 100.0
+    twice = Contestant("twice", lambda x: x["x"] * 3, flops=200.0, check=lambda x, out: assert_close(out, [x["x"] * 3]))
+    case_.contestants.append(twice)
+    rows = measure(case_, CPU)
+    assert rows[-1].impl == "twice" and rows[-1].limit_us is None
+    assert rows[-1].tflops == pytest.approx(200e-6 / rows[-1].us)
+
+
+def test_prefill_with_options_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case, with fewer tokens and heads: its own check passes, and its goal has what it compares with."""
+    small = {"K": 32, "DEVICE": "cpu", "Q_HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 64, "DENSE": 128, "FEW_ROWS": (17, 64)}
+    small |= {"PREFIXES": (96,), "CHUNK": 32, "PREFIX": 128, "PAGE": 16, "WINDOW": 40, "LENGTHS": (1, 33, 70)}
+    for name, value in small.items():
+        monkeypatch.setattr(prefill_options, name, value)
+    seen = list(prefill_options.cases())
+    for one in seen:
+        rows = measure(one, CPU)
+        assert not one.skipped, one.skipped
+        assert all("did not run" not in goal.verdict(rows) for goal in one.goals)
+    assert len({one.name for one in seen}) == len(seen)
+
+
 def test_rows_are_checked_at_both_ends() -> None:
     rows = some_rows(5000, "cpu")
     assert rows[0] == 0 and rows[-1] == 4999 and len(rows.unique()) == len(rows)
@@ -108,6 +143,10 @@ def test_goals() -> None:
     assert Goal(at_most=("peer", 1.1)).verdict([ours, peer]).endswith("peer takes 0.50 x the time, at most 1.10 x: met")
     assert Goal(at_most=("peer", 0.4)).verdict([ours, peer]).endswith("MISSED")
     assert Goal(peer=("other", 0.25)).verdict([ours, peer]).endswith("other did not run")
+    ours.tflops, peer.tflops = 80.0, 100.0
+    met = Goal(rate_of=("peer", 0.8)).verdict([ours, peer])
+    assert met.endswith("0.800 x the rate of peer, at least 0.800 x: met")
+    assert Goal(rate_of=("peer", 0.81)).verdict([ours, peer]).endswith("MISSED")
 
 
 def test_aims() -> None:
@@ -185,6 +224,28 @@ def test_the_chain_and_the_host_s_calls_are_right() -> None:
         x = made.make()
         for contestant in made.contestants:
             (contestant.check or made.check)(x, contestant.call({name: tensor.clone() for name, tensor in x.items()}))
+
+
+def test_the_chain_of_ops_is_right_and_checked() -> None:
+    made = ops_chain.case(shapes.Attention(4, 2, 64, 1, 128), 96, CPU)
+    torch.manual_seed(0)
+    x = made.make()
+    out = made.contestants[0].call(x)
+    made.check(x, out)
+    for i in range(len(out)):
+        with pytest.raises(AssertionError):
+            made.check(x, tuple(part * 1.1 if j == i else part for j, part in enumerate(out)))
+
+
+def test_tables_of_ops() -> None:
+    shape = "1 x 4096"
+    ours = Row("ops", "rmsnorm", shape, OURS, kernel_us=1.0, limit_us=0.5, share=0.5, goal_us=1.25)
+    ours.beside, ours.aim_us = ops_chain.ORDINARY, 1.2
+    slower = Row("ops", "rmsnorm", shape, ops_chain.ORDINARY, kernel_us=1.4)
+    lines = tables.ops([vars(row) for row in (ours, slower, Row("ops", "rmsnorm", shape, "eager", kernel_us=9.0))])
+    assert lines[0] == f"| | {OURS} | goal | copy | of it | eager | FlashInfer 0.7.2 |"
+    assert lines[2] == "| rmsnorm 1 x 4096 | 1 | 1.25 | 0.5 | 0.50 | 9 | 1.53 |"
+    assert lines[-1] == "| rmsnorm 1 x 4096 | 1 | ordinary launches | 1.4 | 1.2 met |"
 
 
 def test_long_tails_are_drawn_once() -> None:

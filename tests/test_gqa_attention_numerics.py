@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.attention import Case, Result, make_case
-from support.attention_float64 import seen_keys
 from support.attention_layout import build_cache, run_cached, run_prefill
+from support.attention_padded import seen_keys
 from support.bounds import DTYPES, assert_within_bound
 from support.guard import Guard, same_bytes
 from support.kernels import hopper
@@ -149,7 +149,7 @@ def eager_lse(case: Case, b: int, device: str) -> Tensor:
         scores = torch.bmm(q, k, out_dtype=torch.float32)
     else:
         scores = q.float() @ k.float()
-    return torch.logsumexp(scores.masked_fill(~seen_keys(case, b, device), -math.inf), -1)
+    return torch.logsumexp(scores.masked_fill(~seen_keys(case, range(b, b + 1), device)[0], -math.inf), -1)
 
 
 def biggest(dtype: torch.dtype) -> float:

@@ -11,27 +11,12 @@ import pytest
 import torch
 from support.attention_buffers import NAMES, Buffers, buffers
 from support.contract import capture
-from support.guard import same_bytes
+from support.guard import Comparison, same_bytes
 from support.kernels import hopper
 from torch import Tensor
 
 every_name = pytest.mark.parametrize("name", NAMES)
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
-
-
-class Comparison:
-    """Of bytes, on the device: nothing waits for it until it is asked."""
-
-    def __init__(self, device: str) -> None:
-        self.differs = torch.zeros((), dtype=torch.bool, device=device)
-
-    def add(self, actual: Any, expected: Any) -> None:
-        for a, b in zip(actual, expected, strict=True):
-            kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-            self.differs |= (a.view(kind) != b.view(kind)).any()
-
-    def check(self, what: str) -> None:
-        assert not bool(self.differs), what
 
 
 def copies(parts: Any) -> list[Tensor]:

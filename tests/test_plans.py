@@ -369,7 +369,9 @@ def test_norms_of_rows_without_gaps(op: str, dtype: torch.dtype) -> None:
         elif hidden % (vector // 2) == 0 and hidden > 32 * vector and vectors <= (8192 if whole else 1023):
             assert kernel == ("norm_dense_rows" if whole else "norm_dense_half_rows")
             assert launch["shared_memory"] == 0
+            large = rows > 264 and x.nbytes * (2 if op == "rmsnorm" else 4) >= 2**26
             held = 4 if op == "rmsnorm" and (vectors > 1024 or (not few and (vectors > 512 or not whole))) else 2
+            held = 4 if large and not whole else held
             assert threads % 32 == 0 and threads <= 1024 // held and threads * blocks * held >= vectors
             assert (blocks == 1) == (vectors <= 1024) and blocks <= 8
             if 1536 < vectors <= 2048:

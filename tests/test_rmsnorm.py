@@ -167,6 +167,22 @@ def test_p15_many_rows(gpu: str, dtype: torch.dtype, rows: int, hidden: int) -> 
         assert_same(add_rmsnorm(x[few], residual[few], weight, EPS), (normed[few], total[few]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [4096, 4100, 5120, 8188, 8192, 14336, 18944, 40000, 65536])
+def test_p15_large_calls(gpu: str, dtype: torch.dtype, hidden: int) -> None:
+    """From 64 MiB on, kernels of their own, whose clusters prefetch: the bytes of small calls."""
+    rows = max(265, 2**26 // (2 * hidden * dtype.itemsize)) + 1
+    x, residual = (torch.randn(rows, hidden, device=gpu).to(dtype) for _ in range(2))
+    weight = torch.randn(hidden, device=gpu).to(dtype)
+    for options in ({}, {"cast_before_weight": False}, {"weight_offset": 1.0}):
+        out = rmsnorm(x, weight, EPS, **options)
+        normed, total = add_rmsnorm(x, residual, weight, EPS, **options)
+        assert same_bytes(total, x + residual)
+        for few in (slice(rows - 33, rows), *(slice(at, at + 200) for at in range(0, rows - 33, rows // 4))):
+            assert same_bytes(rmsnorm(x[few], weight, EPS, **options), out[few])
+            assert same_bytes(add_rmsnorm(x[few], residual[few], weight, EPS, **options)[0], normed[few])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("cast_before_weight", [True, False])

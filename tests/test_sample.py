@@ -103,12 +103,22 @@ def test_where_filters_end(guard: Guard, dtype: torch.dtype) -> None:
         "one value and one more": 5.0 + (index == 5).float(),
         "powers of two": torch.where(index % 2 == 0, 0.02, -0.02) * 0.5 ** (index % 90).float(),
         "a narrow range": 1e-3 * normal,
+        "a few bins": 0.02 * normal,
+        "a dozen bins": 0.1 * normal,
+        "some dozens of bins": 0.5 * normal,
         "half forbidden": torch.where(index % 2 == 0, 0.01 * normal, -INF),
         "some dozens of tokens": 8.0 * normal,
         "some hundreds of tokens": 3.0 * normal,
     }
+    ends: list[dict[str, Any]] = [
+        {"top_k": 60},
+        {"top_k": 130},
+        {"top_k": 3000, "top_p": 0.5},
+        {"top_p": 0.9, "min_p": 0.02},
+    ]
+    ends += [{"min_p": 0.9}, {"top_p": 0.999, "min_p": 0.7}, {"top_k": 15000, "min_p": 0.6}]
     for row in rows.values():
-        for settings in ({"top_k": 60}, {"top_k": 130}, {"top_k": 3000, "top_p": 0.5}, {"top_p": 0.9, "min_p": 0.02}):
+        for settings in ends:
             assert_defined(guard, guard.place(row.to(dtype)), 4, 5, **settings)
 
 

@@ -22,11 +22,14 @@ def sanitize(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("no compute-sanitizer")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=gqa"]
-    if tool in ("initcheck", "synccheck"):
-        command += [f"--kernel-name-exclude=kns={kernel}" for kernel in LEFT_OUT[tool]]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    if tool != "racecheck":  # which fails in torch's products where it follows some launches alone
+        command += ["--kernel-name", "kns=gqa"]
+        command += [f"--kernel-name-exclude=kns={kernel}" for kernel in LEFT_OUT.get(tool, ())]
     if tool == "initcheck":  # torch copies what its own products wrote, which the tool does not watch
         command += ["--check-api-memory-access", "no"]
+    if tool == "synccheck":  # of a block at most: what the tool finds by itself is too few
+        command += ["--num-cuda-barriers", "64"]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": paths}
     return subprocess.run(
@@ -41,7 +44,10 @@ def findings(tool: str, found: subprocess.CompletedProcess[str]) -> str:
         if tool == "racecheck" and any(f"::{kernel}<" in record for kernel in LEFT_OUT[tool]):
             continue
         lines = [line for line in record.splitlines() if line.startswith("=========")]
-        told += [line for line in lines if not any(noise in line for noise in NOISE)]
+        lines = [line for line in lines if not any(noise in line for noise in NOISE)]
+        if "Race reported" in record and not any("gqa" in line for line in lines):  # within torch
+            continue
+        told += lines
     return "\n".join(told[:60])
 
 
@@ -51,10 +57,10 @@ def test_p26_clean(gpu: str, tool: str) -> None:
     told = findings(tool, found)
     assert not told, told + found.stderr[-1000:]
     assert END in found.stdout and " SUMMARY: " in found.stdout, found.stdout[-1000:] + found.stderr[-1000:]
-    # Racecheck counts what it says of the kernels left out.
+    # Racecheck counts what it says of torch's kernels and those left out.
     assert found.returncode in ((0, 9) if tool == "racecheck" else (0,)), found.stderr[-1000:]
     if torch.cuda.get_device_capability() == (9, 0):
-        assert all(kernel in found.stdout for kernel in HOPPER.values())
+        assert all(kernel in found.stdout for kernel in (*HOPPER.values(), "linear_stream", "ffn_gate_up", "ffn_down"))
 
 
 FOUND = {

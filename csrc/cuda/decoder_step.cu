@@ -1,6 +1,6 @@
 // decoder_step: one token of each row through a whole decoder in one cooperative launch.
-// The kernel and its mapping: decoder_step_sm90/kernel.cuh. Before it the workspace is zeroed, so that nothing a
-// launch leaves behind is read by the next.
+// The kernel and its mapping: decoder_step_sm90/kernel.cuh. Before it the workspace is filled with ones, so that
+// nothing a launch leaves behind is read by the next.
 // Memory order: as of that kernel, every weight once.
 // Limits: sm_90; as many blocks as SMs, all at once: the launch fails where they have no room.
 // Determinism: as of that kernel, bitwise repeatable.
@@ -38,16 +38,18 @@ Args args_of(const gqa_decoder_step_params &p, const DecoderStepPlan &plan) {
   a.rows = static_cast<int32_t>(p.batch), a.layers = p.num_layers;
   a.hidden = static_cast<int32_t>(p.hidden_size), a.intermediate = static_cast<int32_t>(p.intermediate);
   a.q_heads = p.num_q_heads, a.kv_heads = p.num_kv_heads;
+  a.ahead = kStepAhead, a.group = p.num_q_heads / p.num_kv_heads, a.head_dim = p.head_dim,
   a.vocabulary = static_cast<int32_t>(p.vocabulary), a.capacity = static_cast<int32_t>(p.cache_capacity);
-  a.stages = static_cast<int32_t>(plan.stages), a.stage_bytes = static_cast<int32_t>(plan.stage_bytes);
+  a.ring_bytes = static_cast<int32_t>(plan.ring_bytes), a.stage_bytes = static_cast<int32_t>(plan.stage_bytes);
   a.inputs_at = static_cast<int32_t>(plan.inputs_at), a.ring_at = static_cast<int32_t>(plan.ring_at);
   a.splits = static_cast<int32_t>(plan.splits), a.min_keys = kStepPart;
   a.eps = p.eps, a.scale = p.softmax_scale * decoder_step::kLog2e;
   a.input = static_cast<const char *>(p.hidden);
   char *workspace = static_cast<char *>(p.workspace);
-  const auto words = [&](int64_t at) { return reinterpret_cast<uint32_t *>(workspace + at); };
+  const auto words = [&](int64_t at) { return reinterpret_cast<uint16_t *>(workspace + at); };
   a.after_attention = words(plan.after_attention), a.after_layer = words(plan.after_layer);
   a.qkv = words(plan.qkv), a.attention = words(plan.attention), a.activated = words(plan.activated);
+  a.of_layer = plan.of_layer / 2;
   a.parts = reinterpret_cast<uint64_t *>(workspace + plan.parts);
   a.norm = static_cast<const char *>(p.norm), a.head = static_cast<const char *>(p.head);
   a.logits = static_cast<char *>(p.logits);
@@ -71,7 +73,7 @@ gqa_status run(const gqa_plan &plan, const gqa_decoder_step_params &p, const gqa
       p.dtype == GQA_DTYPE_BFLOAT16 ? kernel_of<__nv_bfloat16>(p.head_dim) : kernel_of<__half>(p.head_dim);
   const gqa_launch &launch = plan.launches[0];
   GQA_RETURN_IF_ERROR(allow_shared_memory(reinterpret_cast<const void *>(kernel), launch.shared_memory));
-  GQA_RETURN_IF_ERROR(check_cuda(cudaMemsetAsync(p.workspace, 0, step.workspace_size, stream)));
+  GQA_RETURN_IF_ERROR(check_cuda(cudaMemsetAsync(p.workspace, 0xff, step.workspace_size, stream)));
   log_launch(launch);
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;

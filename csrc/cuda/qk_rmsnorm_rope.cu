@@ -178,7 +178,8 @@ gqa_status run(const Params *p, const gqa_launch &plan, cudaStream_t stream) {
     dense.eps = p->eps;
     dense.weight_offset = p->weight_offset;
     dense.cast_before_weight = p->cast_before_weight != 0;
-    return launch_programmatic(rope_dense<T, W, C, false>, plan, stream, dense);
+    auto *kernel = variant.usual ? rope_dense<T, W, C, false, true> : rope_dense<T, W, C, false>;
+    return launch_programmatic(kernel, plan, stream, dense);
   }
   if (!variant.vectors) return launch_programmatic(qk_rmsnorm_rope_scalar<T, W, C>, plan, stream, *p, inverse_dim);
   auto *kernel = p->rotary.interleaved ? qk_rmsnorm_rope_vector<T, W, C, true> : qk_rmsnorm_rope_vector<T, W, C, false>;

@@ -224,6 +224,7 @@ gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t st
   dense.cast_before_weight = p.cast_before_weight != 0;
   dense.few_rows = v.few_rows;
   dense.past_cache = v.past_cache;
+  dense.ahead = static_cast<uint8_t>(v.ahead);
   constexpr bool kAdd = kAdds<Params>;
   const int rows = static_cast<int>(p.rows[0] * p.rows[1]);
   if (v.held == 0) {
@@ -237,7 +238,15 @@ gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t st
     auto *kernel = norm_dense_rows<kMost, true, !kAdd, kAdd, T>;
     if (!v.late) kernel = norm_dense_rows<kMost, true, false, kAdd, T>;
     if (v.held == 1) kernel = norm_dense_rows<kInCluster, true, false, kAdd, T>;
+    if (v.usual) kernel = norm_dense_rows<kMost, true, false, kAdd, T, true>;
+    if (v.usual && v.held == 1) kernel = norm_dense_rows<kInCluster, true, false, kAdd, T, true>;
     return launch_programmatic_clusters(kernel, plan, v.cluster, stream, dense);
+  }
+  if (v.usual) {  // of many rows: never one vector a thread but of an add
+    auto *kernel = norm_dense_rows < kAdd ? 1 : 2, false, false, kAdd, T, true > ;
+    if (v.held == kMost) kernel = norm_dense_rows<kMost, false, false, kAdd, T, true>;
+    if (v.chunk != Vec<T>::kSize) kernel = norm_dense_half_rows<4, kAdd, T, true>;
+    return launch_programmatic(kernel, plan, stream, dense);
   }
   auto *kernel = v.held == 1 ? norm_dense_rows<1, false, false, kAdd, T> : norm_dense_rows<2, false, false, kAdd, T>;
   if (v.held == 4) kernel = norm_dense_rows<kMost, false, false, kAdd, T>;

@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
   const bool has_ends = lane() <= kThreads / 32 || (kHasExtras<Held, kThreads> && lane() == kOfExtras);
   u64 of_block = controls ? max_of_halves(has_ends ? own_word(shared.of_warp) : 0) : 0;
   const u64 ends = row_ends(exchange, controls, of_block, shared.ends, kEnds);
+  const uint32_t least_key = ~static_cast<uint32_t>(ends);
   Top top{static_cast<uint32_t>(ends >> 32), false};
   if (top.key == kAll) {
     if (!controls) worker.find_numbers();
@@ -108,13 +109,14 @@ __global__ void __launch_bounds__(kThreads + 32, kThreads > kSampleClusterFew ||
   }
 
   if (!controls) {
-    if (is_drawn(top, shared.settings)) worker.weigh_all(shared.settings, key_to_logit(top.key));
+    if (is_drawn(top, shared.settings)) {
+      worker.weigh_all(shared.settings, key_to_logit(top.key), key_to_logit(least_key));
+    }
     worker.serve();
     return;
   }
-  Controller<Held, kThreads> row(exchange, part, &shared, cells, top, ~static_cast<uint32_t>(ends),
-                                 p.logprob != nullptr);
-  const Drawn drawn = row.decide(shared.settings, p.vocab);
+  Controller<Held, kThreads> row(exchange, part, &shared, cells, top, least_key, p.logprob != nullptr);
+  const Drawn drawn = row.decide(shared.settings, p.vocab, top, least_key);
   if (row.writes() && lane() == 0) {
     p.ids[at] = drawn.id;
     if (p.valid != nullptr) p.valid[at] = drawn.valid;

@@ -32,7 +32,8 @@ const char *refusal(const gqa_decoder_step_params &p, const gqa_device &device) 
   bool aligned = is_aligned(p.hidden) && is_aligned(p.norm) && is_aligned(p.head);
   for (int i = 0; i < p.num_layers; ++i) aligned = aligned && are_aligned(p.layers[i]);
   if (!aligned) return "tensors are not 16-byte aligned";
-  if (plan_decoder_step(p, device).stages < 3) return "too many rows for the size of an SM's shared memory";
+  const DecoderStepPlan step = plan_decoder_step(p, device);
+  if (step.ring_bytes < 3 * step.stage_bytes) return "too many rows for the size of an SM's shared memory";
   return nullptr;
 }
 

@@ -67,11 +67,13 @@ gqa_status gqa_qk_rmsnorm_rope_plan(const gqa_qk_rmsnorm_rope_params *p, const g
   if (tokens > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   const int64_t element = gqa::dtype_size(p->dtype), vector = 16 / element;
   gqa::RopeVariant variant{gqa::fits_vectors(*p, vector), tokens <= gqa::kFewTokens,
-                           2 * tokens * heads * p->head_dim * element >= gqa::kPastCache, false};
+                           2 * tokens * heads * p->head_dim * element >= gqa::kPastCache, false, false};
   // The lanes of a head, each with the two halves of its pairs, meet by a butterfly: a power of two of them.
   int64_t lanes = 1;
   while (lanes * 2 * vector < p->head_dim) lanes *= 2;
   variant.dense = gqa::is_dense_rope(*p, variant.vectors) && !p->rotary.interleaved;
+  variant.usual = variant.dense && gqa::rows_by_token(*p) >= tokens && p->weight_offset == 0 &&
+                  (p->cast_before_weight != 0 || p->dtype == GQA_DTYPE_FLOAT32);
   if (variant.dense) {
     gqa::plan_rope_dense("qk_rmsnorm_rope", "qk_rmsnorm_rope_dense", p->dtype, tokens, heads, lanes, variant, plan);
     return GQA_STATUS_OK;

@@ -109,7 +109,10 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
     return true;
   }
   const bool light = adds || rows <= kMediumRowsLimit;
+  variant.usual = variant.past_cache && !variant.few_rows && p.weight_offset == 0 &&
+                  (p.cast_before_weight != 0 || p.dtype == GQA_DTYPE_FLOAT32);
   variant.held = !whole || vectors > kTreeVectors ? (light ? 2 : 4) : light ? 1 : 2;
+  if (!whole && variant.usual) variant.held = 4;
   int64_t threads = ceil_div(ceil_div<int64_t>(vectors, variant.held), int64_t{32}) * 32;
   if (vectors > 2 * kTreeVectors) {
     const int64_t trees = ceil_div(vectors, kTreeVectors);
@@ -119,7 +122,11 @@ bool plan_dense(const char *op, const Params &p, const gqa_device *device, NormV
     variant.held = !adds ? 4 : static_cast<int>(trees_a_block);
     variant.cluster = static_cast<int>(ceil_div(trees, trees_a_block));
     threads = trees_a_block * kTreeVectors / variant.held;
-    variant.late = !adds && (trees_a_block == 2 || variant.few_rows);
+    variant.late = !adds && !variant.usual && (trees_a_block == 2 || variant.few_rows);
+    // Half of the rows that registers let clusters hold at once.
+    const int64_t held_threads = adds && trees_a_block == 1 ? 1536 : 1024;
+    const int64_t ahead = device->num_sms * (held_threads / threads) / variant.cluster / 2;
+    if (variant.usual) variant.ahead = static_cast<int>(std::clamp<int64_t>(ahead, 1, 255));
   }
   const int64_t blocks = rows * std::max(variant.cluster, 1);
   if (blocks > INT32_MAX) return false;

@@ -28,14 +28,16 @@ struct NormVariant {
   bool dense;       // rows without gaps, weights of their dtype: dense_rows.cuh
   int cluster;      // blocks that share a row
   bool late;        // of a cluster: weights are asked for only once the sum is there
+  bool usual;       // of blocks and clusters: past_cache, not few_rows, and weights are applied as Llama's are
+  int ahead;        // of a usual cluster: DenseNorm::ahead
 
   int32_t encode() const {
-    return held | chunk << 4 | few_rows << 8 | past_cache << 9 | keeps << 10 | dense << 11 | cluster << 12 | late << 16;
+    return held | chunk << 4 | few_rows << 8 | past_cache << 9 | keeps << 10 | dense << 11 | cluster << 12 |
+           late << 16 | usual << 17 | ahead << 18;
   }
   static NormVariant decode(int32_t v) {
-    return {
-        v & 15,       v >> 4 & 15,       (v >> 8 & 1) != 0, (v >> 9 & 1) != 0, (v >> 10 & 1) != 0, (v >> 11 & 1) != 0,
-        v >> 12 & 15, (v >> 16 & 1) != 0};
+    const auto bit = [v](int at) { return (v >> at & 1) != 0; };
+    return {v & 15, v >> 4 & 15, bit(8), bit(9), bit(10), bit(11), v >> 12 & 15, bit(16), bit(17), v >> 18 & 255};
   }
 };
 

@@ -58,7 +58,7 @@ gqa_status gqa_rope_plan(const gqa_rope_params *p, const gqa_device *, gqa_plan 
   const bool vectors = gqa::fits_vectors(*p, vector);
   if (tokens > INT32_MAX) return GQA_STATUS_UNSUPPORTED;
   const int64_t bytes = 2 * tokens * heads * p->head_dim * gqa::dtype_size(p->dtype);
-  gqa::RopeVariant variant{vectors, tokens <= gqa::kFewTokens, bytes >= gqa::kPastCache, false};
+  gqa::RopeVariant variant{vectors, tokens <= gqa::kFewTokens, bytes >= gqa::kPastCache, false, false};
   variant.dense = gqa::is_dense_rope(*p, vectors) && p->head_dim / 2 / vector <= 32;
   if (variant.dense) {
     gqa::plan_rope_dense("rope", "rope_dense", p->dtype, tokens, heads, p->head_dim / 2 / vector, variant, plan);

@@ -16,8 +16,8 @@ constexpr int kSampleColumns = 64;
 // histogram in a column a lane. Threads that hold logits; one warp more decides. Many, where the part is large: 28
 // warps divide 128256 logits in two evenly.
 constexpr int kSampleClusterColumns = 32;
-constexpr int kSampleClusterBins = 352;
-constexpr int kSampleClusterCells = (kSampleClusterBins + 1 + 2 * 65) * kSampleClusterColumns;  // rows of words
+constexpr int kSampleClusterRows = 352;
+constexpr int kSampleClusterCells = (kSampleClusterRows + 1 + 2 * 65) * kSampleClusterColumns;  // rows of words
 constexpr int kSampleClusterTold = 1024;         // bytes that a block tells each other of digits, in two rounds
 constexpr int kSampleClusterStatic = 11 * 1024;  // bytes its static shared memory stays below
 constexpr int kSampleInverseBits = 31;

@@ -206,13 +206,8 @@ int run_wgmma(bool scores, int32_t dtype, int cols, int swizzle, const void *a, 
   GQA_SCORE(80, 128);
   GQA_SCORE(128, 128);
   GQA_SCORE(160, 128);
-  GQA_SCORE(176, 128);
-  GQA_SCORE(192, 128);
   GQA_SCORE(96, 64);
-  GQA_SCORE(112, 64);
   GQA_SCORE(128, 64);
-  GQA_SCORE(176, 64);
-  GQA_SCORE(192, 64);
   GQA_WEIGH(64, 128);
   GQA_WEIGH(128, 128);
   GQA_WEIGH(256, 128);

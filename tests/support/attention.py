@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from support import attention_float64
+from support.attention_padded import Padded, Rows, parts
 from support.bounds import assert_within_bound, to_numpy
 
 Result = tuple[Tensor, Tensor]
@@ -63,7 +65,7 @@ class Case:
     def head_dim(self) -> int:
         return self.q[0].shape[2]
 
-    @property
+    @cached_property
     def cached(self) -> list[int]:
         return [len(k) - new for k, new in zip(self.k, self.new)]
 
@@ -97,13 +99,8 @@ class Case:
     def reference_on(self, device: str) -> Result:
         """The same by torch on a GPU."""
         if "on device" not in self._answers:
-            outs, lses, scores = [], [], []
-            for b in range(self.batch):
-                rows = [token_positions(self, b, n) if self.rotary else [] for n in (len(self.q[b]), self.new[b])]
-                out, lse, score = attention_float64.reference(self, b, device, (rows[0], rows[1]))
-                outs.append(out)
-                lses.append(lse)
-                scores.append(score)
+            found = [attention_float64.reference(self, some, device, rotary_rows(self, some)) for some in parts(self)]
+            outs, lses, scores = zip(*found) if found else ([], [], [])
             self._answers["on device"] = torch.cat(outs), torch.cat(lses, 1)
             self._answers["largest score"] = float(torch.stack(scores).max()) if scores else 0.0
         return self._answers["on device"]
@@ -112,9 +109,9 @@ class Case:
         if "baseline" not in self._answers:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # thousands of tiny ops: waking a second thread for each costs more than it saves
-            parts = [_eager(self, b, device) for b in range(self.batch)]
+            outs, lses = zip(*(_eager(self, some, device) for some in parts(self)))
             torch.set_num_threads(threads)
-            self._answers["baseline"] = torch.cat([part[0] for part in parts]), torch.cat([p[1] for p in parts], 1)
+            self._answers["baseline"] = torch.cat(outs), torch.cat(lses, 1)
         return self._answers["baseline"]
 
     def check(self, result: Result, what: str = "") -> None:
@@ -124,7 +121,8 @@ class Case:
         expected_out, expected_lse = self.reference_on("cuda") if on_gpu else self.reference()
         base_out, base_lse = self.baseline(out.device.type)
         score = 1 + self._answers["largest score"]
-        value = max((float(v.abs().max()) for v in self.v if v.numel()), default=0.0)
+        values = torch.cat(self.v)
+        value = float(values.abs().max()) if values.numel() else 0.0
         assert lse.dtype == torch.float32
         assert_within_bound(out, expected_out, base_out, attention_extra=score * value, what=f"{what} out")
         assert_within_bound(lse, expected_lse, base_lse, attention_extra=score, what=f"{what} lse")
@@ -173,6 +171,15 @@ def token_positions(case: Case, b: int, count: int) -> list[int]:
         return case.rotary.positions[b][:count]
     keys, leftpad = len(case.k[b]), case.leftpad[b] if case.leftpad else 0
     return [max(0, keys - count + i - leftpad) for i in range(count)]
+
+
+def rotary_rows(case: Case, some: Sequence[int]) -> Rows:
+    """Of the queries of some sequences, and of their new keys."""
+    if case.rotary is None:
+        return [], []
+    counts = [(len(case.q[b]), case.new[b]) for b in some]
+    rows = [[row for b, of in zip(some, counts) for row in token_positions(case, b, of[i])] for i in range(2)]
+    return rows[0], rows[1]
 
 
 def visible(case: Case, b: int) -> np.ndarray:
@@ -244,25 +251,18 @@ def _reference(case: Case, b: int) -> tuple[np.ndarray, np.ndarray, float]:
     return np.matmul(weights, v.transpose(1, 0, 2)).transpose(1, 0, 2), lse, largest
 
 
-def _eager(case: Case, b: int, device: str) -> Result:
+def _eager(case: Case, some: range, device: str) -> Result:
     """Every step in the dtype of q; a product accumulates in float32 and rounds once, as torch's half kernels do."""
-    q, k, v = (part[b].to(device) for part in (case.q, case.k, case.v))
-    dtype, group = q.dtype, q.shape[1] // k.shape[1]
-    if case.rotary is not None:
-        cos, sin, new = case.rotary.cos.to(device), case.rotary.sin.to(device), case.new[b]
-        rows = token_positions(case, b, len(q))
-        q = rotate_eager(q, cos[rows], sin[rows], case.rotary.interleaved)
-        rows = token_positions(case, b, new)
-        fresh = rotate_eager(k[len(k) - new :], cos[rows], sin[rows], case.rotary.interleaved)
-        k = torch.cat([k[: len(k) - new], fresh])
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q.transpose(0, 1).float() @ k.permute(1, 2, 0).float()).to(dtype) * case.softmax_scale
+    x = Padded.of(case, some, device, None, rotate_eager, rotary_rows(case, some))
+    dtype, keys, group = case.dtype, x.k.shape[1], case.heads[0] // case.heads[1]
+    q, k, v = x.q.transpose(1, 2), *(part.repeat_interleave(group, 2).transpose(1, 2) for part in (x.k, x.v))
+    scores = (q.float() @ k.transpose(2, 3).float()).to(dtype) * case.softmax_scale
     if case.softcap:
         scores = torch.tanh(scores / case.softcap) * case.softcap
-    scores = scores.masked_fill(~attention_float64.seen_keys(case, b, device), float("-inf"))
+    scores = scores.masked_fill(~x.seen[:, None], float("-inf"))
     if case.sinks is not None:
-        sink = case.sinks.to(device, dtype)[:, None, None].expand(-1, len(q), 1)
+        sink = case.sinks.to(device, dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     lse = torch.logsumexp(scores.float(), -1)
-    weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., : len(k)]
-    return (weights.float() @ v.transpose(0, 1).float()).to(dtype).transpose(0, 1), lse
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :keys]
+    return x.pack((weights.float() @ v.float()).to(dtype), lse)

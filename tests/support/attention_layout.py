@@ -5,16 +5,18 @@ Every run guards its tensors; a run that appends compares every byte of the cach
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
-from support.attention import Case, Result, rotate_eager, rotate_numpy, token_positions
+from support.attention import Case, Result, rotary_rows, rotate_eager, rotate_numpy, token_positions
 from support.bounds import assert_within_bound, to_numpy
-from support.guard import Guard, same_bytes
+from support.contract import assert_same
+from support.guard import Guard
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 
@@ -27,14 +29,26 @@ class Cache:
     v: Tensor
     seqlens: Tensor
     block_table: Tensor | None
+    # The block table again, on the host: looking a page up there waits for no GPU.
+    _pages: Tensor | None = field(default=None, init=False)
 
     def slots(self, b: int, rows: range) -> tuple[Tensor, Tensor]:
         """Indices into the first two dimensions of k and v."""
-        at = torch.arange(rows.start, rows.stop)
-        if self.block_table is None:
-            return torch.full_like(at, b), at
-        size = self.k.shape[1]
-        return self.block_table[b].cpu().long()[at // size], at % size
+        return self.slots_of([b], [rows])
+
+    def slots_of(self, sequences: Sequence[int], rows: Sequence[range]) -> tuple[Tensor, Tensor]:
+        """Of rows of several sequences, one behind another."""
+        if self._pages is None and self.block_table is not None:
+            self._pages = self.block_table.cpu().long()
+        return find_slots(sequences, rows, self._pages, self.k.shape[1])
+
+
+def find_slots(
+    sequences: Sequence[int], rows: Sequence[range], pages: Tensor | None, page_size: int
+) -> tuple[Tensor, Tensor]:
+    at = torch.cat([torch.arange(some.start, some.stop) for some in rows])
+    sequence = torch.repeat_interleave(torch.tensor(sequences), torch.tensor([len(some) for some in rows]))
+    return (sequence, at) if pages is None else (pages[sequence, at // page_size], at % page_size)
 
 
 def build_cache(
@@ -57,6 +71,7 @@ def build_cache(
     heads, dim = case.heads[1], case.head_dim
     writable = any(case.new)
     table: Tensor | None = None
+    pages: Tensor | None = None
     if page_size is None:
         shape = [case.batch, capacity, heads, dim]
     else:
@@ -65,24 +80,29 @@ def build_cache(
         order = torch.randperm(sum(used) + spare_pages) if shuffle else torch.arange(sum(used) + spare_pages)
         shape = [len(order), page_size, heads, dim]
         table = torch.tensor([INT_MAX, INT_MIN]).repeat(columns)[:columns].repeat(case.batch, 1)
-        for b, pages in enumerate(order[: sum(used)].split(used)):
-            table[b, : len(pages)] = pages
+        for b, own in enumerate(order[: sum(used)].split(used)):
+            table[b, : len(own)] = own
+        pages = table.long()
         table = guard.ints(table, index_dtype)
     if heads_first:
         shape[1], shape[2] = shape[2], shape[1]
-    placed = []
+    placed, held = [], held_rows(case)
     for keys in (case.k, case.v):
         memory = torch.full(shape, fill, dtype=case.dtype, device=keys[0].device if keys else "cpu")
         view = memory.transpose(1, 2) if heads_first else memory
-        cache = Cache(view, view, torch.empty(0), table)
-        for b in range(case.batch):
-            start = min(case.leftpad[b], case.cached[b]) if case.leftpad else 0
-            if case.cached[b] > start:
-                first, second = cache.slots(b, range(start, case.cached[b]))
-                view[first, second] = keys[b][start : case.cached[b]]
+        if any(held):
+            slots = find_slots(range(case.batch), held, pages, view.shape[1])
+            view[slots] = torch.cat([x[rows.start : rows.stop] for x, rows in zip(keys, held)])
         memory = guard.place(memory, name="cache", writable=writable)
         placed.append(memory.transpose(1, 2) if heads_first else memory)
     return Cache(placed[0], placed[1], guard.ints(case.cached, index_dtype), table)
+
+
+def held_rows(case: Case) -> list[range]:
+    """Those of each sequence that are in the cache and mean something."""
+    return [
+        range(min(padding, cached), cached) for padding, cached in zip(case.leftpad or [0] * case.batch, case.cached)
+    ]
 
 
 def options(case: Case, guard: Guard, *, dense: bool, gathered: bool = False) -> dict[str, Any]:
@@ -180,27 +200,21 @@ def run_cached(
 def check_appended(case: Case, cache: Cache, before: tuple[Tensor, Tensor]) -> None:
     """New rows hold k and v; every other byte is as it was."""
     expected_k, expected_v = before
-    fresh = []
-    for b in range(case.batch):
-        start = case.cached[b]
-        if case.new[b] == 0:
-            continue
-        slots = cache.slots(b, range(start, len(case.k[b])))
-        expected_v[slots] = case.v[b][start:].to(expected_v.device)
-        if case.rotary is None:
-            expected_k[slots] = case.k[b][start:].to(expected_k.device)
-        else:
-            expected_k[slots] = cache.k[slots]
-            fresh.append((b, start, cache.k[slots]))
-    assert same_bytes(cache.v, expected_v), "v_cache: a byte outside the new rows changed, or a new row is wrong"
-    assert same_bytes(cache.k, expected_k), "k_cache: a byte outside the new rows changed, or a new row is wrong"
-    if case.rotary is None or not fresh:
+    added = [b for b in range(case.batch) if case.new[b] > 0]
+    if added:
+        slots = cache.slots_of(added, [range(case.cached[b], case.cached[b] + case.new[b]) for b in added])
+        slots = tuple(index.to(cache.k.device, non_blocking=True) for index in slots)
+        k, v = (torch.cat([x[b][case.cached[b] :] for b in added]) for x in (case.k, case.v))
+        expected_v[slots] = v.to(expected_v.device, non_blocking=True)
+        expected_k[slots] = k.to(cache.k.device, non_blocking=True) if case.rotary is None else cache.k[slots]
+    assert_same(
+        (cache.k, cache.v), (expected_k, expected_v), "a byte outside the new rows changed, or one of them: cache"
+    )
+    if case.rotary is None or not added:
         return
-    rotary, wanted, eager = case.rotary, [], []
-    for b, start, _ in fresh:
-        rows = token_positions(case, b, case.new[b])
-        k, cos, sin = case.k[b][start:], rotary.cos[rows], rotary.sin[rows]
-        wanted.append(torch.from_numpy(rotate_numpy(to_numpy(k), to_numpy(cos), to_numpy(sin), rotary.interleaved)))
-        eager.append(rotate_eager(k, cos, sin, rotary.interleaved))
-    got = torch.cat([rows for _, _, rows in fresh])
-    assert_within_bound(got, torch.cat(wanted).numpy(), torch.cat(eager), what="rotated keys in the cache")
+    rows = rotary_rows(case, added)[1]
+    cos, sin, interleaved = case.rotary.cos[rows], case.rotary.sin[rows], case.rotary.interleaved
+    wanted = rotate_numpy(to_numpy(k), to_numpy(cos), to_numpy(sin), interleaved)
+    assert_within_bound(
+        cache.k[slots], wanted, rotate_eager(k, cos, sin, interleaved), what="rotated keys in the cache"
+    )

@@ -338,5 +338,5 @@ def random_call(op: str, seed: int, device: str) -> Call:
 
     turns = TURNS.get(op, [CALLS[op]])
     args, options = turns[seed % len(turns)](random.Random(f"{op} {seed}"))
-    moved: Call = tree_map_only(Tensor, lambda x: x.to(device), (args, options))
+    moved: Call = tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), (args, options))
     return moved

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from support.guard import same_bytes
+from support.guard import raw_bytes
 
 
 def lacks_sm90() -> bool:
@@ -34,11 +34,14 @@ def flat(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
-def assert_same(actual: Any, expected: Any, what: str = "output") -> None:
+def assert_same(actual: Any, expected: Any, what: Any = "output") -> None:
     got, want = flat(actual), flat(expected)
     assert len(got) == len(want)
-    for i, (a, b) in enumerate(zip(got, want)):
-        assert same_bytes(a, b.to(a.device)), f"{what} {i} differs"
+    assert [(a.shape, a.dtype) for a in got] == [(b.shape, b.dtype) for b in want], what
+    same = [(raw_bytes(a) == raw_bytes(b.to(a.device))).all() for a, b in zip(got, want)]
+    # All at once: a GPU is waited for one time.
+    different = [i for i, alike in enumerate(torch.stack(same).tolist() if same else []) if not alike]
+    assert not different, f"{what} {different} differs"
 
 
 def assert_compiles(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

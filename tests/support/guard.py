@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,21 @@ def raw_bytes(tensor: Tensor) -> Tensor:
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(raw_bytes(a), raw_bytes(b))
+
+
+class Comparison:
+    """Of bytes, on the device: nothing waits for it until it is asked."""
+
+    def __init__(self, device: str) -> None:
+        self.differs = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, actual: Any, expected: Any) -> None:
+        for a, b in zip(actual, expected, strict=True):
+            kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+            self.differs |= (a.view(kind) != b.view(kind)).any()
+
+    def check(self, what: str) -> None:
+        assert not bool(self.differs), what
 
 
 class Guard:
@@ -33,7 +50,7 @@ class Guard:
         buffer = torch.full((start + size + MARGIN,), CANARY, dtype=torch.uint8, device=self.device)
         inside = buffer[start : start + size]
         placed = inside.view(tensor.dtype).view(tensor.shape)
-        placed.copy_(tensor)
+        placed.copy_(tensor, non_blocking=True)  # from memory of the host's own: a GPU is not waited for
         self._buffers.append((buffer, start, size))
         if not writable:
             self._read_only.append((name, placed, placed.clone()))

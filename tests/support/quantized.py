@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gqa_kernels import gqa_attention_decode, gqa_attention_prefill
 from support.attention import Case, Result, rotate_eager, token_positions, visible
-from support.attention_layout import Cache, arguments, packed
+from support.attention_layout import Cache, arguments, held_rows, packed
 from support.bounds import errors, to_numpy
 from support.guard import Guard, raw_bytes
 
@@ -82,8 +82,9 @@ class Quantized:
         """The case whose keys and values are what the cache stands for; those of ``cache``, if given."""
         k, v = self.stored()
         if cache is not None:
-            slots = [cache.slots(b, range(len(part))) for b, part in enumerate(k)]
-            k, v = ([movable(x).cpu()[at].view(self.dtype) for at in slots] for x in (cache.k, cache.v))
+            lengths = [len(part) for part in k]
+            slots = cache.slots_of(range(len(k)), [range(n) for n in lengths])
+            k, v = (movable(x).cpu()[slots].view(self.dtype).split(lengths) for x in (cache.k, cache.v))
         k, v = ([dequantize(x, scale) for x in parts] for parts, scale in ((k, self.k_scale), (v, self.v_scale)))
         for b, padding in enumerate(self.case.leftpad or []):  # may hold anything
             k[b][:padding], v[b][:padding] = 0.0, 0.0
@@ -100,13 +101,12 @@ def movable(x: Tensor) -> Tensor:
 
 def place_cache(x: Quantized, cache: Cache, guard: Guard, fill: int = 0) -> Cache:
     """``cache``, which holds the case unquantised, with the bytes of the quantised one; ``fill`` where no key is."""
-    placed = []
+    placed, held = [], held_rows(x.case)
     for parts, like in zip(x.stored(), (cache.k, cache.v)):
         memory = torch.full(like.shape, fill, dtype=torch.uint8)
-        for b, part in enumerate(parts):
-            start = min(x.case.leftpad[b], x.case.cached[b]) if x.case.leftpad else 0
-            if x.case.cached[b] > start:
-                memory[cache.slots(b, range(start, x.case.cached[b]))] = movable(part)[start : x.case.cached[b]]
+        if any(held):
+            rows = torch.cat([movable(part)[some.start : some.stop] for part, some in zip(parts, held)])
+            memory[cache.slots_of(range(x.case.batch), held)] = rows
         placed.append(guard.place(memory.view(x.dtype), name="cache", writable=any(x.case.new)))
     return Cache(placed[0], placed[1], cache.seqlens, cache.block_table)
 
@@ -118,17 +118,19 @@ def run_quantized(x: Quantized, guard: Guard, cache: Cache, *, decode: bool, **e
     if not decode:
         given["causal"] = x.case.causal
     result = (gqa_attention_decode if decode else gqa_attention_prefill)(**given)
+    case = x.case
+    added = [b for b in range(case.batch) if case.new[b] > 0]
+    slots = cache.slots_of(added, [range(case.cached[b], case.cached[b] + case.new[b]) for b in added]) if added else ()
+    slots = tuple(index.to(cache.k.device, non_blocking=True) for index in slots)
     for name, part, expected, stored in zip("kv", (cache.k, cache.v), before, x.stored()):
-        for b, rows in enumerate(stored):
-            start = x.case.cached[b]
-            if x.case.new[b] == 0:
-                continue
-            slots = cache.slots(b, range(start, len(rows)))
-            if name == "k" and x.case.rotary is not None:  # bounded by what attention makes of them
-                expected[slots] = movable(part)[slots]
-                check_rotated(x, b, movable(part)[slots].cpu().view(x.dtype))
-            else:
-                expected[slots] = movable(rows[start:]).to(expected.device)
+        if added and name == "k" and case.rotary is not None:  # bounded by what attention makes of them
+            expected[slots] = movable(part)[slots]
+            got = movable(part)[slots].cpu().view(x.dtype).split([case.new[b] for b in added])
+            for b, rows in zip(added, got):
+                check_rotated(x, b, rows)
+        elif added:
+            new = torch.cat([movable(stored[b][case.cached[b] :]) for b in added])
+            expected[slots] = new.to(expected.device, non_blocking=True)
         assert torch.equal(movable(part), expected), (
             f"{name}_cache: a byte outside the new rows changed, or a row is wrong"
         )

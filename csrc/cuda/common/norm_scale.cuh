@@ -77,6 +77,12 @@ __device__ __forceinline__ Floats<T> as_floats(const Floats<T> &weights) {
   return weights;
 }
 
+// The parameters of scaled() that Llama's norms have, known to the compiler.
+struct LlamaScale {
+  static constexpr bool cast_before_weight = true;
+  static constexpr float weight_offset = 0;
+};
+
 // HuggingFace's rounding: the normalised value rounds to T before the weight, or only the product does.
 template <typename T, typename W, typename Params>
 __device__ __forceinline__ Vec<T> scaled(const Vec<T> &x, const Weights<T, W> &weights, float rstd, const Params &p) {

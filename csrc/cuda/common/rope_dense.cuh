@@ -75,19 +75,20 @@ __device__ __forceinline__ void load_table(const void *table, int64_t at, bool t
 // a lane adds to its own the vector blockDim.x, a power of two, further on, or has it where it has none; these meet by
 // a butterfly. Lanes past the head bring zeros.
 __device__ __forceinline__ float head_sum(float low, float high, int lanes) {
-  const float further = __shfl_sync(0xffffffffu, high, threadIdx.x - lanes, blockDim.x);
-  return group_sum(low + further, blockDim.x);
+  const float sum = low + __shfl_sync(0xffffffffu, high, threadIdx.x - lanes, blockDim.x);
+  return blockDim.x == 8 ? group_sum(sum, 8) : group_sum(sum, blockDim.x);  // 8: without a loop, most heads have 8
 }
 
 // Blocks of an SM that registers are to allow.
-template <typename W>
+template <typename W, bool kUsual>
 constexpr int rope_dense_blocks() {
-  return std::is_void_v<W> ? 9 : std::is_same_v<W, float> ? 6 : 7;
+  return std::is_void_v<W> ? 9 : kUsual ? (std::is_same_v<W, float> ? 7 : 8) : std::is_same_v<W, float> ? 6 : 7;
 }
 
-// W is the dtype of the weights; void: no norm.
-template <typename T, typename W, typename C, bool kInterleaved>
-__global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W>())
+// W is the dtype of the weights; void: no norm. kUsual: RopeVariant::usual, which spares a third of the instructions,
+// of which the norm has enough to be bound by.
+template <typename T, typename W, typename C, bool kInterleaved, bool kUsual = false>
+__global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W, kUsual>())
     rope_dense(const __grid_constant__ DenseRope<T> p) {
   constexpr int N = Vec<T>::kSize;
   constexpr bool kNorms = !std::is_void_v<W>;
@@ -102,8 +103,8 @@ __global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W>())
   const T *in = (is_q ? p.q : p.k) + static_cast<int64_t>(token) * (is_q ? p.q_stride : p.k_stride) + within;
   T *out = (is_q ? p.q_out : p.k_out) + static_cast<int64_t>(token) * (is_q ? p.q_out_stride : p.k_out_stride) + within;
   // Positions may be the kernel before's to write; without them the angles' place is known.
-  int64_t angles = token < p.table_rows ? static_cast<int64_t>(token) * p.table_stride + pair : -1;
-  if (p.few_tokens && active && angles >= 0) {
+  int64_t angles = kUsual || token < p.table_rows ? static_cast<int64_t>(token) * p.table_stride + pair : -1;
+  if (!kUsual && p.few_tokens && active && angles >= 0) {
     prefetch_l2(static_cast<const C *>(p.cos) + angles);
     prefetch_l2(static_cast<const C *>(p.sin) + angles);
   }
@@ -114,29 +115,48 @@ __global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W>())
   if constexpr (kNorms) have_ready(p.eps);
   wait_for_prerequisites();
   // The position first, its branch ahead of all loads: what follows a branch after them would wait for them.
-  if (p.table_rows == 0 && active) {
+  if (!kUsual && p.table_rows == 0 && active) {
     prefetch_l2(in);
     prefetch_l2(in + high);
     const uint32_t batch = static_cast<uint32_t>(token) / static_cast<uint32_t>(p.seqlen);
     const int64_t s = token - static_cast<int64_t>(batch) * p.seqlen, offset = rotary_offset(p.rotary, batch, s, s);
     angles = offset < 0 ? -1 : offset + pair;
   }
-  Vec<T> a{}, b{};
-  if (active) a = load_vec(in);
-  if (active) b = load_vec(in + high);
-  const bool turns = active && angles >= 0;
+  Vec<T> a, b;
   float cosine[N], sine[N];
-  load_table<N, C>(p.cos, angles, turns, cosine);
-  load_table<N, C>(p.sin, angles, turns, sine);
-  if constexpr (kNorms) {
+  if constexpr (kUsual) {
     const W *weight = static_cast<const W *>(is_q ? p.q_weight : p.k_weight) + low;
-    Weights<T, W> weight_a{}, weight_b{};
-    if (active) weight_a = load_weights<N, T>(weight, 0, N);
-    if (active) weight_b = load_weights<N, T>(weight, high, high + N);
-    const float total = head_sum(square_sum(a), square_sum(b), p.head_dim / (2 * N));
+    Weights<T, W> weight_a, weight_b;
+    if (active) {
+      a = load_vec(in);
+      b = load_vec(in + high);
+      load_table<N, C>(p.cos, angles, true, cosine);
+      load_table<N, C>(p.sin, angles, true, sine);
+      weight_a = load_weights<N, T>(weight, 0, N);
+      weight_b = load_weights<N, T>(weight, high, high + N);
+    }
+    const float of_a = active ? square_sum(a) : 0.0f, of_b = active ? square_sum(b) : 0.0f;
+    const float total = head_sum(of_a, of_b, p.head_dim / (2 * N));
     const float rstd = reciprocal_rms(total, p.inverse_dim, p.eps);
-    a = scaled<T, W>(a, weight_a, rstd, p);
-    b = scaled<T, W>(b, weight_b, rstd, p);
+    a = scaled<T, W>(a, weight_a, rstd, LlamaScale{});
+    b = scaled<T, W>(b, weight_b, rstd, LlamaScale{});
+  } else {
+    a = b = Vec<T>{};
+    if (active) a = load_vec(in);
+    if (active) b = load_vec(in + high);
+    const bool turns = active && angles >= 0;
+    load_table<N, C>(p.cos, angles, turns, cosine);
+    load_table<N, C>(p.sin, angles, turns, sine);
+    if constexpr (kNorms) {
+      const W *weight = static_cast<const W *>(is_q ? p.q_weight : p.k_weight) + low;
+      Weights<T, W> weight_a{}, weight_b{};
+      if (active) weight_a = load_weights<N, T>(weight, 0, N);
+      if (active) weight_b = load_weights<N, T>(weight, high, high + N);
+      const float total = head_sum(square_sum(a), square_sum(b), p.head_dim / (2 * N));
+      const float rstd = reciprocal_rms(total, p.inverse_dim, p.eps);
+      a = scaled<T, W>(a, weight_a, rstd, p);
+      b = scaled<T, W>(b, weight_b, rstd, p);
+    }
   }
   if (!active) return;
   Floats<T> of_a = widen(a), of_b = widen(b);
@@ -150,12 +170,17 @@ __global__ void __launch_bounds__(kRopeThreads, rope_dense_blocks<W>())
   }
   a = narrow(of_a);
   b = narrow(of_b);
-  if (angles < 0) {  // a position outside the table
+  if (!kUsual && angles < 0) {  // a position outside the table
 #pragma unroll
     for (int i = 0; i < N; ++i) a.value[i] = b.value[i] = from_float<T>(__int_as_float(0x7fc00000));
   }
-  store<N>(out, 0, 0, a, p.past_cache);
-  store<N>(out + high, 0, 0, b, p.past_cache);
+  if (p.past_cache) {
+    store<N>(out, 0, 0, a, true);
+    store<N>(out + high, 0, 0, b, true);
+  } else {
+    store<N>(out, 0, 0, a, false);
+    store<N>(out + high, 0, 0, b, false);
+  }
 }
 
 }  // namespace gqa::cuda

@@ -119,11 +119,6 @@ GQA_WGMMA_TYPES(96, GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " 
                 GQA_LIST(GQA_PLUS8(d, 0), GQA_PLUS8(d, 8), GQA_PLUS8(d, 16), GQA_PLUS8(d, 24), GQA_PLUS8(d, 32),
                          GQA_PLUS8(d, 40)),
                 "%48", "%49", "%50", "%51", "%52", "%53");
-GQA_WGMMA_TYPES(112,
-                GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " GQA_SUMS4 ", " GQA_SUMS5 ", " GQA_SUMS6,
-                GQA_LIST(GQA_PLUS8(d, 0), GQA_PLUS8(d, 8), GQA_PLUS8(d, 16), GQA_PLUS8(d, 24), GQA_PLUS8(d, 32),
-                         GQA_PLUS8(d, 40), GQA_PLUS8(d, 48)),
-                "%56", "%57", "%58", "%59", "%60", "%61");
 GQA_WGMMA_TYPES(128,
                 GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " GQA_SUMS4 ", " GQA_SUMS5 ", " GQA_SUMS6
                           ", " GQA_SUMS7,
@@ -136,20 +131,6 @@ GQA_WGMMA_TYPES(160,
                 GQA_LIST(GQA_PLUS8(d, 0), GQA_PLUS8(d, 8), GQA_PLUS8(d, 16), GQA_PLUS8(d, 24), GQA_PLUS8(d, 32),
                          GQA_PLUS8(d, 40), GQA_PLUS8(d, 48), GQA_PLUS8(d, 56), GQA_PLUS8(d, 64), GQA_PLUS8(d, 72)),
                 "%80", "%81", "%82", "%83", "%84", "%85");
-GQA_WGMMA_TYPES(176,
-                GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " GQA_SUMS4 ", " GQA_SUMS5 ", " GQA_SUMS6
-                          ", " GQA_SUMS7 ", " GQA_SUMS8 ", " GQA_SUMS9 ", " GQA_SUMS10,
-                GQA_LIST(GQA_PLUS8(d, 0), GQA_PLUS8(d, 8), GQA_PLUS8(d, 16), GQA_PLUS8(d, 24), GQA_PLUS8(d, 32),
-                         GQA_PLUS8(d, 40), GQA_PLUS8(d, 48), GQA_PLUS8(d, 56), GQA_PLUS8(d, 64), GQA_PLUS8(d, 72),
-                         GQA_PLUS8(d, 80)),
-                "%88", "%89", "%90", "%91", "%92", "%93");
-GQA_WGMMA_TYPES(192,
-                GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " GQA_SUMS4 ", " GQA_SUMS5 ", " GQA_SUMS6
-                          ", " GQA_SUMS7 ", " GQA_SUMS8 ", " GQA_SUMS9 ", " GQA_SUMS10 ", " GQA_SUMS11,
-                GQA_LIST(GQA_PLUS8(d, 0), GQA_PLUS8(d, 8), GQA_PLUS8(d, 16), GQA_PLUS8(d, 24), GQA_PLUS8(d, 32),
-                         GQA_PLUS8(d, 40), GQA_PLUS8(d, 48), GQA_PLUS8(d, 56), GQA_PLUS8(d, 64), GQA_PLUS8(d, 72),
-                         GQA_PLUS8(d, 80), GQA_PLUS8(d, 88)),
-                "%96", "%97", "%98", "%99", "%100", "%101");
 GQA_WGMMA_TYPES(256,
                 GQA_SUMS0 ", " GQA_SUMS1 ", " GQA_SUMS2 ", " GQA_SUMS3 ", " GQA_SUMS4 ", " GQA_SUMS5 ", " GQA_SUMS6
                           ", " GQA_SUMS7 ", " GQA_SUMS8 ", " GQA_SUMS9 ", " GQA_SUMS10 ", " GQA_SUMS11 ", " GQA_SUMS12

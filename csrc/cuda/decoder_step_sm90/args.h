@@ -20,14 +20,18 @@ struct Layer {
 
 struct Args {
   int32_t rows, layers, hidden, intermediate, q_heads, kv_heads, vocabulary, capacity;
-  int32_t stages, stage_bytes;  // of the ring
-  int32_t inputs_at, ring_at;   // in shared memory
-  int32_t splits, min_keys;     // most parts of a row's keys, and the fewest keys worth a part
-  float eps, scale;             // scale: of log2 units
-  const char *input;            // [rows, hidden]
-  // Words that blocks hand to each other (exchange.cuh), zero at the start: [rows, outputs of a phase].
-  uint32_t *after_attention, *after_layer, *qkv, *attention, *activated;
-  uint64_t *parts;  // [rows * kv_heads, group * (head_dim + 2), splits]
+  int32_t group, head_dim;          // query heads of a KV head
+  int32_t inputs_at, ring_at;       // in shared memory
+  int32_t ring_bytes, stage_bytes;  // of the ring, and of a stage at most
+  int32_t ahead;                    // stages that are on their way at once
+  int32_t splits, min_keys;         // most parts of a row's keys, and the fewest keys worth a part
+  float eps, scale;                 // scale: of log2 units
+  const char *input;                // [rows, hidden]
+  // What blocks hand to each other (exchange.cuh): [rows, outputs of a phase] of the first layer, and from layer to
+  // layer.
+  uint16_t *after_attention, *after_layer, *qkv, *attention, *activated;
+  int64_t of_layer;
+  uint64_t *parts;  // [rows * kv_heads, splits, group * (head_dim + 2)]
   const char *norm, *head;
   char *logits;  // [rows, vocabulary]
   gqa_index cache_seqlens, cache_leftpad;

@@ -54,7 +54,6 @@ struct Stages {
   }
   __device__ bool more() const { return i <= 4 * p.layers; }
   __device__ uint32_t bytes() const { return 2 * min(slice.step, m.columns - column); }
-  __device__ int pitch() const { return 2 * slice.step + 16; }
   __device__ int rows_of_warp() const { return (rows - warp + kStepCopyWarps - 1) / kStepCopyWarps; }
 
   __device__ void begin_phase() {
@@ -82,16 +81,18 @@ struct Stages {
     ++i;
     begin_phase();
   }
-  __device__ void copy(const Ring &ring, uint64_t policy) const {
+  __device__ void copy(Filler &filler, uint64_t policy) const {
+    const Ring &ring = filler.ring;
+    filler.make_room(rows * slice.pitch());
     if (threadIdx.x % 32 == 0) arrive_expect_for_warp(ring.full(), rows_of_warp() * bytes());
     __syncwarp();
-    if (from != nullptr) copy_bulk(ring.data() + row * pitch(), from + 2 * column, bytes(), ring.full(), policy);
+    if (from != nullptr) copy_bulk(ring.data() + row * slice.pitch(), from + 2 * column, bytes(), ring.full(), policy);
   }
 };
 
 // Keys, then values, kKeys rows of each at a time; the new row is not there yet. Rows are too short for bulk copies.
 template <int kDim>
-__device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, const Lengths &of_first, Ring &ring,
+__device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, const Lengths &of_first, Filler &filler,
                                           uint64_t policy) {
   constexpr int kBytes = 2 * kDim, kPieces = kBytes / 16;
   const int thread = threadIdx.x - kConsumers;
@@ -101,12 +102,12 @@ __device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, con
     const Part part = find_part(p, layer.window_left, i, lengths);
     const int64_t at = (static_cast<int64_t>(part.row) * p.capacity * p.kv_heads + part.head) * kBytes;
     for (int key = part.first; key < part.end; key += kKeys) {
-      const int pieces = (min(key + kKeys, min(part.end, part.length)) - key) * kPieces;  // of cached rows
+      const int keys = min(kKeys, part.end - key), pieces = min(keys, part.length - key) * kPieces;  // of cached rows
 #pragma unroll 1
       for (int values = 0; values < 2; ++values) {
         const char *from = (values ? layer.v_cache : layer.k_cache) + at + key * row_bytes;
-        ring.wait_empty();
-        const uint32_t to = ring.data();
+        filler.make_room(bytes_of_keys<kDim>(keys));
+        const uint32_t to = filler.ring.data();
 #pragma unroll 4
         for (int j = thread; j < pieces; j += kCopiers) {
           const int row = j / kPieces, piece = j % kPieces;
@@ -115,30 +116,30 @@ __device__ __forceinline__ void copy_keys(const Args &p, const Layer &layer, con
                        "l"(from + row * row_bytes + piece * 16), "l"(policy)
                        : "memory");
         }
-        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(ring.full()) : "memory");
-        ring.advance();
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(filler.ring.full()) : "memory");
+        filler.ring.advance();
       }
     }
   }
 }
 
 template <int kDim>
-__device__ void copy_all(const Args &p, const char *shared, Ring &ring) {
+__device__ void copy_all(const Args &p, const char *shared, const Ring &ring) {
   uint64_t once;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   const Lengths lengths = load_lengths(p, blockIdx.x);
   Stages<kDim> stages(p, shared);
+  Filler filler(p, ring);
   int phase = 0;
 #pragma unroll 1
   while (true) {
     // Keys come after the weights of q, k and v.
     for (; phase < stages.i && phase < 4 * p.layers; ++phase) {
-      if (phase % 4 == kQkv) copy_keys<kDim>(p, p.layer[phase / 4], lengths, ring, once);
+      if (phase % 4 == kQkv) copy_keys<kDim>(p, p.layer[phase / 4], lengths, filler, once);
     }
     if (!stages.more()) break;
-    ring.wait_empty();
-    stages.copy(ring, once);
-    ring.advance();
+    stages.copy(filler, once);
+    filler.ring.advance();
     stages.advance();
   }
 }

@@ -1,16 +1,23 @@
-// How blocks hand values to each other without a barrier: each word carries its value and a tag, the number of the
-// layer it belongs to, so that whoever needs it reads the word until the tag is there. A word is written again a layer
-// later, which nobody does before all blocks have used it: every phase needs all of the phase before.
+// How blocks hand values to each other without a barrier: a value's own bits say that it is there. Every layer has its
+// own place for them, filled before the launch with a pattern that no value has; whoever needs values reads them until
+// none is that pattern. Sums of a head's parts, whose places are used in every layer, carry the layer's number.
 #pragma once
 
 #include "cuda/common/vec.cuh"
 
 namespace gqa::cuda::decoder_step {
 
+constexpr uint16_t kAbsent = 0xffff;  // a NaN; others of that payload become another
+
 template <typename T>
-__device__ __forceinline__ void publish(uint32_t *to, T value, uint32_t tag) {
-  const uint32_t word = *reinterpret_cast<const uint16_t *>(&value) | tag << 16;
-  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+__device__ __forceinline__ uint16_t bits_of(T value) {
+  const uint16_t bits = *reinterpret_cast<const uint16_t *>(&value);
+  return bits == kAbsent ? 0x7fff : bits;
+}
+
+template <typename T>
+__device__ __forceinline__ void publish(uint16_t *to, T value) {
+  asm volatile("st.relaxed.gpu.global.b16 [%0], %1;" ::"l"(to), "h"(bits_of(value)) : "memory");
 }
 
 __device__ __forceinline__ void publish(uint64_t *to, float value, uint32_t tag) {
@@ -18,7 +25,8 @@ __device__ __forceinline__ void publish(uint64_t *to, float value, uint32_t tag)
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
 }
 
-__device__ __forceinline__ uint4 look(const uint32_t *from) {
+// Eight values.
+__device__ __forceinline__ uint4 look(const uint16_t *from) {
   uint4 w;
   asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
@@ -27,68 +35,53 @@ __device__ __forceinline__ uint4 look(const uint32_t *from) {
   return w;
 }
 
-__device__ __forceinline__ bool is_there(const uint4 &w, uint32_t tag) {
-  const uint32_t t = tag << 16;
-  return (((w.x ^ t) | (w.y ^ t)) | ((w.z ^ t) | (w.w ^ t))) < 0x10000u;
+__device__ __forceinline__ bool is_there(const uint4 &w) {
+  // Of ~pair, which has a zero half: the sign bit of a half that borrows.
+  const auto absent = [](uint32_t pair) { return (~pair - 0x00010001u) & pair; };
+  return (((absent(w.x) | absent(w.y)) | (absent(w.z) | absent(w.w))) & 0x80008000u) == 0;
 }
 
-// Four values.
-__device__ __forceinline__ uint2 values_of(const uint4 &w) {
-  return make_uint2(__byte_perm(w.x, w.y, 0x5410), __byte_perm(w.z, w.w, 0x5410));
-}
-
-// Until the vector has come. A warp that waits asks for one vector at a time: more would take bandwidth from the
-// weights.
-__device__ __forceinline__ void watch(const uint32_t *from, uint32_t tag) {
-  while (!is_there(look(from), tag)) {
-  }
-}
-
-// Calls use(i, four values) for vectors i = first, first + step ... below count, several of them on their way at once;
-// the lanes of a warp have consecutive ones.
+// Calls use(i, eight values) for vectors i = first, first + step ... below count, several of them on their way at once;
+// the lanes of a warp have consecutive ones. With many to come, a warp waits for one before it asks for the others:
+// more would take bandwidth from the weights.
 template <int kAtOnce, typename Use>
-__device__ __forceinline__ void receive(const uint32_t *from, uint32_t tag, int first, int step, int count, Use &&use) {
+__device__ __forceinline__ void receive(const uint16_t *from, int first, int step, int count, Use &&use) {
+  if (count > step && (first & ~31) < count) {
+    while (!is_there(look(from + 8 * (first & ~31)))) {
+    }
+  }
 #pragma unroll 1
   for (; first < count; first += kAtOnce * step) {
-    if (count > step) watch(from + 4 * (first & ~31), tag);
     uint4 w[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * step < count) w[i] = look(from + 4 * (first + i * step));
+      w[i] = make_uint4(0, 0, 0, 0);
+      if (first + i * step < count) w[i] = look(from + 8 * (first + i * step));
     }
+    bool all;
+    do {
+      all = true;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (!is_there(w[i])) {
+          w[i] = look(from + 8 * (first + i * step));
+          all = false;
+        }
+      }
+    } while (!all);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (first + i * step >= count) continue;
-      while (!is_there(w[i], tag)) w[i] = look(from + 4 * (first + i * step));
-      use(first + i * step, values_of(w[i]));
+      if (first + i * step < count) use(first + i * step, w[i]);
     }
   }
 }
 
-// kCount values, `step` words apart but for the first two, which are at `pair`.
-template <int kCount>
-__device__ __forceinline__ void receive(const uint64_t *from, const uint64_t *pair, int64_t step, uint32_t tag,
-                                        float (&values)[kCount]) {
-  bool all;
-  do {
-    uint64_t last;  // to be written
-    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(last) : "l"(pair) : "memory");
-    all = static_cast<uint32_t>(last >> 32) == tag;
-  } while (!__all_sync(~0u, all));
-  do {
-    all = true;
-    uint64_t words[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const uint64_t *at = i < 2 ? pair + i * step : from + (i - 2) * step;
-      asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(words[i]) : "l"(at) : "memory");
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      all = all && static_cast<uint32_t>(words[i] >> 32) == tag;
-      values[i] = __uint_as_float(static_cast<uint32_t>(words[i]));
-    }
-  } while (!all);
+// A part's value, or the tag of another layer.
+__device__ __forceinline__ bool look(const uint64_t *from, uint32_t tag, float &value) {
+  uint64_t word;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  value = __uint_as_float(static_cast<uint32_t>(word));
+  return static_cast<uint32_t>(word >> 32) == tag;
 }
 
 }  // namespace gqa::cuda::decoder_step

@@ -1,6 +1,6 @@
 // One token of each of up to 8 rows through all layers of a decoder, from its embedding to its logits.
 // A block an SM for the whole step: four warps copy its weights and cached keys through a ring in shared memory, as far
-// ahead as there is room, eight compute; blocks hand on activations in words that carry a tag, without barriers.
+// ahead as there is room, eight compute; blocks hand on activations whose own bits say that they are there.
 // Memory order: each weight once, a tile of 16 rows at a time; the cached keys in their turn; activations through L2.
 // Limits: sm_90, all blocks resident at once; 16-bit types; dense contiguous weights and caches.
 // Determinism: sums in a fixed order; the parts of a row's keys depend on its length and on the number of rows.
@@ -20,7 +20,7 @@ struct Outputs {
   const Block &t;
   Phase phase;
   int begin, outputs;
-  uint32_t *to;
+  uint16_t *to;
   bool biased;
 
   __device__ void operator()(int output, int row, float sum, float partner) const {
@@ -37,7 +37,7 @@ struct Outputs {
       T *mine = t.residual<T>() + row * kStepOwned + output - begin;
       *mine = value = from_float<T>(to_float(value) + to_float(*mine));
     }
-    publish(to + at, value, t.tag);
+    publish(to + at, value);
   }
 };
 
@@ -65,34 +65,40 @@ template <typename T, int kDim>
 __device__ void compute_all(const Args &p, Ring &ring, char *shared) {
   Block t(p, shared);
   const Lengths lengths = load_lengths(p, blockIdx.x);
-  Norm<T> norm;
+  if (t.thread == 0) {
+    *reinterpret_cast<Part *>(shared + kPartAt) = find_part(p, p.layer[0].window_left, blockIdx.x, lengths);
+  }
+  sync_consumers();
 #pragma unroll 1
   for (int i = 0; i <= 4 * p.layers; ++i) {
     const Phase phase = i == 4 * p.layers ? kHead : static_cast<Phase>(i % 4);
     const Layer &layer = p.layer[min(i / 4, p.layers - 1)];
     const Matrix m = matrix_of<kDim>(p, layer, phase);
     const Slice slice = slice_of(shared, phase);
-    const uint32_t before = t.tag;  // of the layer that made this phase's inputs
-    if (phase == kQkv) ++t.tag;
-    if (slice.begin < slice.end) {  // a block without outputs must not wait for inputs: it might come too late
+    const int64_t at = i / 4 * p.of_layer;
+    t.tag = i / 4 + 1;
+    if (slice.begin < slice.end) {
       if (phase == kQkv && layer.q_bias != nullptr) load_biases<T>(layer, t, slice, m);
       if (i == 1) load_residual<T>(p, t, slice);
       if (phase == kO || phase == kDown) {
-        receive_inputs(p, t, phase == kO ? p.attention : p.activated, m.columns);
+        receive_inputs(p, t, (phase == kO ? p.attention : p.activated) + at, m.columns);
       } else {
         const char *weight = phase == kQkv ? layer.input_norm : phase == kGateUp ? layer.mlp_norm : p.norm;
-        const uint32_t *from = i == 0 ? nullptr : phase == kGateUp ? p.after_attention : p.after_layer;
-        if (p.rows == 1) norm.load(p, t, weight);
-        norm.apply(p, t, from, phase == kGateUp ? t.tag : before, weight);
+        Norm<T> norm;
+        norm.load(p, t, weight);
+        norm.apply(p, t,
+                   i == 0             ? nullptr
+                   : phase == kGateUp ? p.after_attention + at
+                                      : p.after_layer + at - p.of_layer);
       }
-      uint32_t *words = phase == kQkv      ? p.qkv
-                        : phase == kO      ? p.after_attention
-                        : phase == kGateUp ? p.activated
-                                           : p.after_layer;
-      const Outputs<T> finish{p, t, phase, slice.begin, m.outputs, words, layer.q_bias != nullptr};
+      uint16_t *values = phase == kQkv      ? p.qkv
+                         : phase == kO      ? p.after_attention
+                         : phase == kGateUp ? p.activated
+                                            : p.after_layer;
+      const Outputs<T> finish{p, t, phase, slice.begin, m.outputs, values + at, layer.q_bias != nullptr};
       multiply<T>(p, t, ring, slice, m, finish);
     }
-    if (phase == kQkv) attend<T, kDim>(p, layer, lengths, t, ring);
+    if (phase == kQkv) attend<T, kDim>(p, layer, lengths, t, ring, p.qkv + at, p.attention + at);
   }
 }
 

@@ -23,6 +23,7 @@ __device__ __forceinline__ void load_angles(const Args &p, Block &t, int row, co
   if (r.cos == nullptr || t.rotary_row == row) return;
   sync_consumers();
   const int64_t position = lengths.cached > lengths.leftpad ? lengths.cached - lengths.leftpad : 0;
+#pragma unroll 1
   for (int i = t.thread; i < r.dim; i += kConsumers) {
     const bool sine = i >= r.dim / 2;
     const int64_t at = position * r.stride_row + i - (sine ? r.dim / 2 : 0);
@@ -54,6 +55,7 @@ __device__ __forceinline__ void norm_head(T *row, const T *weight, float eps, in
 
 template <typename T>
 __device__ __forceinline__ void rotate_head(T *row, const gqa_rotary &r, const float *angles, int lane) {
+#pragma unroll 1
   for (int i = lane; i < r.dim / 2; i += 32) {
     const int high = i + r.dim / 2;
     const Pair pair = rotate_pair(to_float(row[i]), to_float(row[high]), angles[i], angles[high]);
@@ -64,25 +66,26 @@ __device__ __forceinline__ void rotate_head(T *row, const gqa_rotary &r, const f
 
 // A warp has up to two heads: they come together.
 template <typename T, int kDim>
-__device__ __forceinline__ void stage_heads(const Args &p, const Layer &layer, Block &t, const Part &part) {
-  const int group = p.q_heads / p.kv_heads, rows = group + (part.last ? 2 : 0);
-  const uint32_t *from = p.qkv + static_cast<int64_t>(part.row) * (p.q_heads + 2 * p.kv_heads) * kDim + 4 * t.lane;
+__device__ __forceinline__ void stage_heads(const Args &p, const Layer &layer, Block &t, const Part &part,
+                                            const uint16_t *qkv) {
+  const int group = p.group, rows = group + (part.last ? 2 : 0);
+  const uint16_t *from = qkv + static_cast<int64_t>(part.row) * (p.q_heads + 2 * p.kv_heads) * kDim + 8 * t.lane;
   const auto head_of = [&](int j) {
     return j < group ? part.head * group + j : p.q_heads + (j == group ? 0 : p.kv_heads) + part.head;
   };
   uint4 w[2] = {};
-  const bool first = t.warp < rows && t.lane < kDim / 4, second = t.warp + kWarps < rows && t.lane < kDim / 4;
+  const bool first = t.warp < rows && t.lane < kDim / 8, second = t.warp + kWarps < rows && t.lane < kDim / 8;
   do {
     if (first) w[0] = look(from + head_of(t.warp) * kDim);
     if (second) w[1] = look(from + head_of(t.warp + kWarps) * kDim);
-  } while ((first && !is_there(w[0], t.tag)) || (second && !is_there(w[1], t.tag)));
+  } while ((first && !is_there(w[0])) || (second && !is_there(w[1])));
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int j = t.warp + i * kWarps;
     if (j >= rows) continue;
     const bool key = j == group, value = j > group;
     T *row = reinterpret_cast<T *>(head_at(t, key ? kNewKey : value ? kNewValue : j, kHeadPitch<kDim>));
-    if (t.lane < kDim / 4) reinterpret_cast<uint2 *>(row)[t.lane] = values_of(w[i]);
+    if (t.lane < kDim / 8) reinterpret_cast<uint4 *>(row)[t.lane] = w[i];
     __syncwarp();
     const char *norm = key ? layer.k_norm : layer.q_norm;
     if (!value && norm != nullptr) norm_head<T, kDim>(row, reinterpret_cast<const T *>(norm), p.eps, t.lane);

@@ -126,6 +126,11 @@ struct Block {
       *x = __shfl_sync(~0u, *x, 0);
     }
   }
+  // All rows of the capacity, by all blocks of the cluster.
+  __device__ void take_all(const Args &p) {
+    row_low = 0, row_high = p.capacity, tile_end = (p.capacity + C::kTile - 1) / C::kTile;
+    first = rank * C::kTeam + member, stride = C::kTeam << blocks_log;
+  }
   // A block of the last heads may have fewer of them: the others' warps repeat the last one, without keys.
   __device__ bool exists(const Args &p) const { return C::kHeads == 1 || first_head + team < p.num_kv_heads; }
   __device__ void find_heads(const Args &p) {

@@ -34,7 +34,9 @@ struct Work {
     has_new = !C::kPlain && appends && exists && before == rest;
     new_at = has_new ? min(cached, C::kStages - 1) : -1;
   }
-  __device__ int tile(int i) const { return first + (i - (has_new && i > new_at)) * stride; }
+  // The number of the i-th tile among the cached ones, and where it lies.
+  __device__ int at(int i) const { return i - (has_new && i > new_at); }
+  __device__ int tile(int i) const { return first + at(i) * stride; }
 };
 
 template <typename C>
@@ -43,8 +45,9 @@ using SumsOf = std::conditional_t<C::kBytes == 1, QuantizedSums<C>, Sums<C>>;
 // `bad`: bit s is set where the tile in stage s has rows of bad pages.
 template <typename C>
 __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader, const Work<C> &work,
-                       const Queries<C> &queries, Place<C> ahead, uint32_t bad, char *ring, SumsOf<C> *sums) {
+                       const Queries<C> &queries, Pages<C> pages, uint32_t bad, char *ring, SumsOf<C> *sums) {
   const uint32_t ring_base = shared_address(ring);
+  Place<C> ahead = pages.of(p, t, work.at(C::kStages));
   int offset = 0;
   if (C::kPlain && work.cached > 0 && (work.first + 1) * C::kTile > t.row_high) {
     copy_async_wait<C::kStages - 1>();  // loaded ahead of the length: nobody sees the values from there on
@@ -71,7 +74,7 @@ __device__ void attend(const Args &p, const Block<C> &t, const Loader<C> &loader
       __syncwarp();
       if (refills) {
         loader.load(p, t, ahead, next, stage);
-        ahead.find(p, t, next + work.stride);
+        ahead = pages.of(p, t, work.at(i + C::kStages) + 1);
       }
       copy_async_commit();
     };
@@ -132,15 +135,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) decode_ring(const _
     const Loader<C> loader(p, t);
     Queries<C> queries;
     if (!rotates && !p.static_prefix) queries.load(p, t);  // ahead of the keys, or they would arrive after them
-    if constexpr (C::kPlain) {
-      if (early) {  // rows below the capacity exist: the first tile is loaded whatever the length
-        t.row_low = 0, t.row_high = p.capacity, t.tile_end = (p.capacity + C::kTile - 1) / C::kTile;
-        const int tile = t.rank * C::kTeam + t.member;
-        Place<C> place;
-        place.find(p, t, tile);
-        if (tile < t.tile_end) loader.load(p, t, place, tile, shared_address(ring));
-      }
+    Pages<C> pages;
+    if (C::kPaged || C::kPlain) {  // rows below the capacity exist: these can be asked for whatever the length
+      t.take_all(p);
+      if (!turns) pages.begin(p, t);
+      if (early && t.first < t.tile_end) loader.load(p, t, pages.of(p, t, 0), t.first, shared_address(ring));
     }
+    const int guessed = t.first, guessed_stride = t.stride;
     if (clusters && turn == 0) {
       if (threadIdx.x == 0) {
         mbarrier_init(shared_base + C::kBarrier, 1);
@@ -165,12 +166,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) decode_ring(const _
     }
     const bool appends = valid && p.k != nullptr;
     const Work<C> work(t, t.exists(p), appends);
-    Place<C> place[C::kStages], ahead;
+    if (turns || t.first != guessed || t.stride != guessed_stride) pages.begin(p, t);
+    Place<C> place[C::kStages];
 #pragma unroll
     for (int s = 0; s < C::kStages; ++s) {
-      if (s > 0 || !early) place[s].find(p, t, work.first + s * work.stride);
+      if (s > 0 || !early) place[s] = pages.of(p, t, s);
     }
-    ahead.find(p, t, work.tile(C::kStages));
 #pragma unroll
     for (int s = 0; s < C::kStages; ++s) {
       const int tile = work.first + s * work.stride;
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) decode_ring(const _
     }
     SumsOf<C> sums;
     sums.clear();
-    attend(p, t, loader, work, queries, ahead, bad, ring, &sums);
+    attend(p, t, loader, work, queries, pages, bad, ring, &sums);
     if (!p.triggers_early) launch_dependents();
 
     if constexpr (C::kPlain) copy_async_wait<0>();  // for a first tile that nobody wanted

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/common/async_copy.cuh"
-#include "cuda/gqa_attention_decode_sm90/block.cuh"
+#include "cuda/gqa_attention_decode_sm90/pages.cuh"
 
 namespace gqa::cuda::decode_sm90 {
 
@@ -52,36 +52,6 @@ __device__ __forceinline__ const char *row_at(const char *from, int row, int row
   asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(row_bytes), "l"(from));
   return at;
 }
-
-// Page of row `lane % kTile` of a tile, or of the nearest row that is seen; -1 for a bad one.
-template <typename C>
-struct Place {
-  int page = 0;
-
-  __device__ static uint32_t page_of(const Args &p, int row) {
-    return static_cast<uint32_t>((static_cast<uint64_t>(row) * p.page_magic) >> p.page_shift);
-  }
-  __device__ static int look_up(const Args &p, int b, int row) {
-    if (!C::kAligned && p.block_table.data == nullptr) return 0;
-    const int64_t id = load_index(p.block_table, b, page_of(p, row));
-    return id >= 0 && id < p.num_pages ? static_cast<int>(id) : -1;
-  }
-  __device__ void find(const Args &p, const Block<C> &t, int tile) {
-    if constexpr (C::kPaged) {
-      const int row = min(max(tile * C::kTile + t.lane % C::kTile, t.row_low), t.row_high - 1);
-      if (tile < t.tile_end) page = look_up(p, t.b, row);
-    }
-  }
-  __device__ bool is_bad() const { return __any_sync(~0u, page < 0); }
-  // Offset of a row in a head of the cache.
-  __device__ static int64_t offset(const Args &p, int page, int row, int64_t outer, int row_bytes) {
-    if constexpr (C::kPaged) {
-      const uint32_t in_page = row - page_of(p, row) * p.page_size;
-      return page * outer + static_cast<int64_t>(in_page) * row_bytes;
-    }
-    return static_cast<int64_t>(row) * row_bytes;
-  }
-};
 
 // The copies of this lane: kChunks / 2 a tile, one pattern of rows and chunks every kPeriod of them.
 template <typename C>

@@ -36,6 +36,14 @@ __device__ __forceinline__ int first_row(const PrefillWork &work, int thread) {
   return work.row0 + (thread / 32 - 4) * 16 + thread % 32 / 4;
 }
 
+// Without a branch, after which ptxas would no longer know what is the same in all lanes.
+__device__ __forceinline__ void store_if(bool wanted, void *to, const uint4 &x) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
+                   static_cast<int>(wanted)),
+               "l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 template <typename T, typename Tile>
 struct PrefillRows {
   static constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys;
@@ -167,8 +175,8 @@ struct PrefillRows {
   __device__ __forceinline__ void store(const PrefillArgs &a, const PrefillWork &work, int row0,
                                         const PrefillSoftmax &softmax, unsigned char *own) {
     const gqa_attention_params &p = a.p;
-    const int lane = afresh(threadIdx.x) % 32, corner = lane % 4;  // not kept in registers, which are short
-    float factor[2];
+    const uint32_t lane = afresh(threadIdx.x) % 32u, corner = lane % 4;  // not kept in registers, which are short
+    float factor[2], lse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = softmax.sum[half];
@@ -178,10 +186,7 @@ struct PrefillRows {
       if (p.sinks != nullptr) add_sink(p, work.head, base, sum, scale);
       const bool empty = sum == 0;
       factor[half] = empty ? 0.0f : __fdividef(scale, sum);
-      const int row = row0 + 8 * half;
-      if (p.lse != nullptr && corner == 0 && row >= 0) {
-        p.lse[lse_at(p, work, row)] = empty ? -INFINITY : base * kLn2 + __logf(sum);
-      }
+      lse[half] = empty ? -INFINITY : base * kLn2 + __logf(sum);
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
@@ -191,17 +196,35 @@ struct PrefillRows {
           pack<T>(out[4 * n + 2] * factor[1], out[4 * n + 3] * factor[1]);
     }
     fence_async_proxy();  // the next queries come by a copy; ahead of stores to memory, which it would wait for
+    if (p.lse != nullptr && corner == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (row0 + 8 * half >= 0) p.lse[lse_at(p, work, row0 + 8 * half)] = lse[half];
+      }
+    }
     __syncwarp();
-    constexpr int kChunks = kDim / 8;  // of 16 bytes in a row
-    const int first = row0 - lane / 4;
-    T *const to = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + first) * p.out_stride[1] +
-                  work.head * p.out_stride[2];
-#pragma unroll 4
-    for (int i = lane; i < 16 * kChunks; i += 32) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      if (first + row >= 0 && 8 * chunk < p.head_dim) {
-        *reinterpret_cast<uint4 *>(to + row * p.out_stride[1] + 8 * chunk) =
-            *reinterpret_cast<const uint4 *>(place(own, row, chunk));
+    constexpr uint32_t kChunks = kDim / 8;                                       // of 16 bytes in a row
+    constexpr uint32_t kWide = kChunks == 12 ? 4 : kChunks, kTall = 32 / kWide;  // a warp's: chunks of so many rows
+    constexpr int kSteps = 16 / kTall, kAtOnce = kSteps < 4 ? kSteps : 4;
+    const uint32_t chunk = lane % kWide, row = lane / kWide;
+    const int first = row0 - static_cast<int>(lane / 4 - row);
+    const int64_t step = p.out_stride[1] * kTall;
+#pragma unroll
+    for (uint32_t beside = 0; beside < kChunks; beside += kWide) {
+      T *to = static_cast<T *>(p.out) + work.q_batch * p.out_stride[0] + (work.q_start + first) * p.out_stride[1] +
+              work.head * p.out_stride[2] + 8 * (beside + chunk);
+      const bool inside = 8 * static_cast<int>(beside + chunk) < p.head_dim;
+#pragma unroll
+      for (int i = 0; i < kSteps; i += kAtOnce) {
+        uint4 some[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          some[j] = *reinterpret_cast<const uint4 *>(place(own, row + (i + j) * kTall, beside + chunk));
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j, to += step) {
+          store_if(inside && first + (i + j) * static_cast<int>(kTall) >= 0, to, some[j]);
+        }
       }
     }
     __syncwarp();
@@ -221,9 +244,9 @@ struct PrefillRows {
   }
 
   // A chunk of a row of the warp's 16: chunks are swapped so that neither writes nor reads meet in a bank.
-  __device__ __forceinline__ static unsigned char *place(unsigned char *own, int row, int chunk) {
-    constexpr int kChunks = Tile::kSwizzle / 16;
-    const int twist = kChunks == 8 ? row % 8 : row / 2 % 4;
+  __device__ __forceinline__ static unsigned char *place(unsigned char *own, uint32_t row, uint32_t chunk) {
+    constexpr uint32_t kChunks = Tile::kSwizzle / 16;
+    const uint32_t twist = kChunks == 8 ? row % 8 : row / 2 % 4;
     return own + chunk / kChunks * Tile::kQueryPanel + row * Tile::kSwizzle + 16 * (chunk % kChunks ^ twist);
   }
 };

@@ -59,9 +59,24 @@ constexpr int dense_blocks(int held, bool late, bool adds) {
   return held == 2 && adds ? 2 : held == 1 && !adds ? 4 : 3;
 }
 
+__device__ __forceinline__ uint32_t clusters() {
+  uint32_t count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
+}
+
+// What a warp will have to read of a later row, whole vectors from `row` on.
+template <int kHeld, typename T>
+__device__ __forceinline__ void bring_into_l2(const T *row, int left) {
+  const uint32_t bytes = min(left, kHeld * kGroupVectors * Vec<T>::kSize) * static_cast<int>(sizeof(T));
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "r"(bytes) : "memory");
+}
+
 // A warp takes kHeld times 32 vectors side by side. kLate: weights only once the sum is there, in registers for more
-// blocks; L1 would not keep them for the next block, as each exchange of a cluster empties it.
-template <int kHeld, bool kCluster, bool kLate, bool kAdds, typename T>
+// blocks; L1 would not keep them for the next block, as each exchange of a cluster empties it. kUsual:
+// NormVariant::usual. Of a cluster each warp then has its part of a later row brought into L2: while blocks exchange
+// sums they ask for nothing else.
+template <int kHeld, bool kCluster, bool kLate, bool kAdds, typename T, bool kUsual = false>
 __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kLate, kAdds))
     norm_dense_rows(const __grid_constant__ DenseNorm<T> p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -82,7 +97,7 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kLat
       of_cluster.begin();
     }
     const T *weights = p.weight + first;
-    if (p.few_rows) {
+    if (!kUsual && p.few_rows) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         if (first + i * kStep < p.hidden) prefetch_l2(weights + i * kStep);
@@ -96,10 +111,18 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kLat
     load_side_by_side<kHeld, true>(p.x + at, left, x);
     if constexpr (kAdds) load_side_by_side<kHeld, true>(p.residual + at, left, residual);
     if constexpr (!kLate) load_side_by_side<kHeld, false>(weights, left, weight);
+    if constexpr (kUsual && kCluster) {
+      if (threadIdx.x % 32 == 0 && left > 0 && row + p.ahead < clusters()) {
+        const int64_t later = at + static_cast<int64_t>(p.ahead) * p.hidden;
+        bring_into_l2<kHeld>(p.x + later, left);
+        if constexpr (kAdds) bring_into_l2<kHeld>(p.residual + later, left);
+      }
+    }
+    const bool past_cache = kUsual || p.past_cache;
     if constexpr (kAdds) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) x[i] = sum_of(x[i], residual[i]);
-      store_side_by_side<kHeld>(p.residual_out + at, left, x, p.past_cache);
+      store_side_by_side<kHeld>(p.residual_out + at, left, x, past_cache);
     }
     float part[kHeld];
 #pragma unroll
@@ -114,8 +137,8 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kLat
     if constexpr (kLate) load_side_by_side<kHeld, false>(weights, left, weight);
     const float rstd = reciprocal_rms(total, p.inverse_hidden, p.eps);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) x[i] = scaled<T, T>(anew(x[i], p.zero), weight[i], rstd, p);
-    store_side_by_side<kHeld>(p.out + at, left, x, p.past_cache);
+    for (int i = 0; i < kHeld; ++i) x[i] = scaled_row<kUsual>(x[i], weight[i], rstd, p);
+    store_side_by_side<kHeld>(p.out + at, left, x, past_cache);
   }
 }
 

@@ -16,8 +16,19 @@ struct DenseNorm {
   int32_t hidden;
   float inverse_hidden, eps, weight_offset;
   bool cast_before_weight, few_rows, past_cache;
+  uint8_t ahead;  // of a cluster: rows from its own to the one whose inputs it has brought into L2
   uint32_t zero;
 };
+
+// How rows are scaled: as Llama does it where the call is NormVariant::usual, else as the parameters say.
+template <bool kUsual, typename T>
+__device__ __forceinline__ Vec<T> scaled_row(const Vec<T> &x, const Vec<T> &weight, float rstd, const DenseNorm<T> &p) {
+  if constexpr (kUsual) {
+    return scaled<T, T>(anew(x, p.zero), weight, rstd, LlamaScale{});
+  } else {
+    return scaled<T, T>(anew(x, p.zero), weight, rstd, p);
+  }
+}
 
 template <bool kAdds, typename T>
 __device__ __forceinline__ void have_dense_ready(const DenseNorm<T> &p, int64_t at) {

@@ -4,6 +4,7 @@
 
 #include "common/sampling_draw.h"
 #include "cuda/common/vec.cuh"
+#include "cuda/sample_sm90/scale.cuh"
 #include "plan/sample.h"
 
 namespace gqa::cuda {
@@ -14,13 +15,13 @@ using u64 = unsigned long long;
 constexpr uint32_t kAll = 0xffffffffu;
 constexpr int kMaxBlocks = 16;
 constexpr int kColumns = kSampleClusterColumns;  // of a histogram: one a stretch of a block's part, and a lane
-constexpr int kBinEntries = kSampleClusterBins;
-constexpr int kGroups = 16;  // of bins, each summed by one warp
-constexpr int kGroupBins = kBinEntries / kGroups;
-constexpr int kMaxSlots = 21 * kGroupBins;    // 7 blocks with up to 3 groups each
-constexpr int kLeastEntry = kBinEntries - 1;  // after the bins, for the bin in which min-p ends
-constexpr int kNoRow = kBinEntries;           // of the histogram: for tokens without mass
-constexpr int kDigits = 64;                   // of the key, told apart in one round of select
+constexpr int kRows = kSampleClusterRows;        // of the histogram, and of what becomes of it
+constexpr int kGroupRows = 32;                   // summed by one warp, a lane a row
+constexpr int kGroups = kRows / kGroupRows;
+constexpr int kMaxSlots = 16 * kGroupRows;  // 16 blocks with a group each, or 8 with two
+constexpr int kLeastRow = kRows - 1;        // after the bins: what min-p leaves out of the row in which it ends
+constexpr int kNoRow = kRows;               // for tokens without mass
+constexpr int kDigits = 64;                 // of the key, told apart in one round of select
 constexpr int kDigitBits = 6;
 constexpr int kFew = 128;  // tokens that one block can sort out by itself
 constexpr int kOfExtras = 31;
@@ -28,22 +29,17 @@ constexpr uint32_t kRow = kColumns * sizeof(uint32_t);
 constexpr int kCountShift = 40;  // a word counts above bit 40 and sums m below it,
 constexpr int kFlagShift = 59;   // and above that it says how many blocks have extras among those tokens
 constexpr uint32_t kExtraFlag = 1u << 20, kCountOfCell = kExtraFlag - 1;  // and so does a cell that counts
-static_assert(kGroups * kGroupBins == kBinEntries && kLeastEntry >= static_cast<int>(kBins));
-static_assert(kGroupBins <= 32 && kGroups <= 32);
+static_assert(kGroups * kGroupRows == kRows && kLeastRow >= static_cast<int>(kBins));
 
 __device__ __forceinline__ uint64_t sum_of(u64 word) { return word & ((u64{1} << kCountShift) - 1); }
 __device__ __forceinline__ uint64_t count_of(u64 word) {
   return word << (64 - kFlagShift) >> (64 - kFlagShift + kCountShift);
 }
 
-// Of a group's bins, from its first to this one.
+// Of a group's rows, from its first to this one.
 struct alignas(16) Running {
   u64 sum, mass;
 };
-
-// A float from which on the last place is 1, and its bits: adding it rounds to an integer.
-constexpr float kUnit = 0x1p23f;
-constexpr uint32_t kUnits = 0x4b000000u;
 
 // Digits of the key: (high - key) >> shift. Bits below those in which the row's type can differ are ones in `high`.
 struct Digits {
@@ -52,20 +48,21 @@ struct Digits {
 
 // A pass over the logits that the controller asks of the workers.
 struct Order {
-  enum Kind { kSelect, kCollect, kFirst, kDone } kind;
-  float least, most;      // exponents, both included
+  enum Kind { kSelect, kCollect, kFirst, kPick, kDone } kind;
+  uint32_t first_row;     // of the histogram: earlier rows are above
+  float least, most;      // exponents, `least` included
   float lowest, highest;  // logits, both included
   Digits digits;
   float steps, first;  // digit by exponent: (most - t) * steps + first, rounded; `first` is kUnit or more
-  uint32_t within;     // by key: only tokens with this digit by exponent, or kAll
-  uint32_t key;        // to look for
-  bool by_exponent, counts, counts_above;  // count tokens by digit; and those above `most`
+  uint32_t within;     // by key: only tokens from this digit by exponent on
+  uint32_t key;        // to look for; or a stretch
+  uint32_t last;       // digit of those that select keeps: the answer
+  bool by_exponent, counts, counts_above;  // count tokens by digit; and those above
 };
 
-// The bins in which a filter may end, the first and the last; wanted: up to there by count, else within them.
+// The rows in which a filter may end, the first and the last; wanted: the number of tokens or the mass up to there.
 struct Span {
-  Found from;
-  uint32_t last_bin;
+  uint32_t first, last;
   uint64_t wanted;
 };
 
@@ -74,24 +71,27 @@ enum Message { kEnds, kNumbers, kScatter, kGather, kParts, kRound, kList = kRoun
 
 struct Shared {
   u64 barriers[kMessages];
-  Running bins[kBinEntries + 1];  // the last: what min-p keeps of its bin
-  u64 slots[kMaxSlots];           // [block][groups that this block sums][bin]
+  Running rows[kRows + 1];  // the last: what min-p keeps of its row
+  u64 slots[kMaxSlots];     // [block][groups that this block sums][row]
   u64 parts[kMaxBlocks];
   u64 ends[kMaxBlocks], numbers[kMaxBlocks];
   u64 of_warp[32];          // ends, or what is looked for; of the ends one is the controller's and one that of extras
   uint32_t listed, extras;  // tokens of this block
   Settings settings;
   Random random;
+  Scale scale;
   Span span;
+  uint32_t selected[kColumns];  // by earlier rounds of a select, of each stretch
   Order order;
 };
 static_assert(sizeof(Shared) <= kSampleClusterStatic);
 
 // Dynamic shared memory ahead of what the blocks tell of digits, and of the logits. Sums of m, or numbers of tokens: a
-// row a bin or a digit, a column a stretch, so that they say where a token lies. The list needs no histogram.
+// row a bin, a share of one or a digit, a column a stretch, so that they say where a token lies. The list needs no
+// histogram.
 struct Cells {
   union {
-    uint32_t histogram[kBinEntries + 1][kColumns];
+    uint32_t histogram[kRows + 1][kColumns];
     struct {
       u64 sent[kMaxBlocks][kFew], list[kFew], sorted[kFew], masses[kFew];
       uint32_t m[kFew], bins[kFew], sums[kFew];

@@ -6,31 +6,34 @@
 
 namespace gqa::cuda {
 
-// Tokens that the order does not ask for go to a row that nobody reads: no branch, so that logits overlap.
-template <bool kByExponent, bool kCounts, typename T, int kThreads>
-__device__ __forceinline__ void add_digits(const Part<T, kThreads> &part, const Order &order, float max, float scale,
-                                           Cells *cells) {
+// Tokens that the order does not ask for go to a row that nobody reads.
+template <typename T, int kThreads>
+__device__ __forceinline__ void add_digits(const Part<T, kThreads> &part, const Order &order, const Scale &by,
+                                           float max, float scale, Cells *cells) {
   const uint32_t column = static_cast<uint32_t>(__cvta_generic_to_shared(&cells->sums[0][lane()]));
   const auto add = [&](float z, uint32_t sums, uint32_t counted) {
     const float t = exponent_of(z, max, scale);
     const uint32_t by_exponent = to_bits(sampling::add(mul(sub(order.most, t), order.steps), order.first)) - kUnits;
-    bool in = t >= order.least && t <= order.most;
-    uint32_t digit = by_exponent, m = weigh_unchecked(t).m;
-    if (!kByExponent) {
-      digit = (order.digits.high - key(z)) >> order.digits.shift;
-      in = in && (order.within == kAll || by_exponent == order.within) && digit < kDigits;
+    const uint32_t by_key = (order.digits.high - key(z)) >> order.digits.shift;
+    const bool is_above = by.row_of(t) < order.first_row;
+    bool in = t >= order.least;
+    uint32_t digit = order.by_exponent ? by_exponent : by_key, m = weigh_unchecked(t).m;
+    if (is_above) {
+      digit = m = 0;
+      in = in && order.counts_above;
+    } else {
+      in = in && by_exponent >= order.within;
     }
-    digit = in ? digit : kDigits;
-    if (kCounts && order.counts_above && t > order.most) digit = m = 0;
+    digit = in ? min(digit, 0u + kDigits) : kDigits;
     add_shared(sums + digit * kRow, m);
-    if (kCounts || counted != 1) add_shared(sums + digit * kRow + sizeof(cells->sums), counted);
+    if (counted != 0) add_shared(sums + digit * kRow + sizeof(cells->sums), counted);
   };
-  constexpr Many kIfMany = kByExponent && !kCounts ? Many::kUnrolled : Many::kRolled;
+  const uint32_t counted = order.counts;
   const Window<T> window(order.lowest, order.highest);
   const auto find = [&](const Vec<T> &vec) { return window.find(vec); };
-  part.template for_each_near<kIfMany>(part.walk(), find, [&](float z, int, int) { add(z, column, 1); });
+  part.template for_each_near<Many::kRolled>(part.walk(), find, [&](float z, int, int) { add(z, column, counted); });
   part.for_each_extra([&](float z, int, int, uint32_t stretch) {
-    if (z >= order.lowest) add(z, column + (stretch - lane()) * sizeof(uint32_t), kExtraFlag + kCounts);
+    if (z >= order.lowest) add(z, column + (stretch - lane()) * sizeof(uint32_t), kExtraFlag + counted);
   });
 }
 

@@ -17,16 +17,16 @@ class Exchange {
     return static_cast<uint32_t>(u64{n} * inverse_ >> kSampleInverseBits);
   }
 
-  // The n-th group of bins is summed by block n % blocks as its n / blocks-th.
+  // The n-th group of rows is summed by block n % blocks as its n / blocks-th.
   __device__ __forceinline__ uint32_t place_of(uint32_t group) const { return divided(group); }
   __device__ __forceinline__ uint32_t most_groups() const { return place_of(kGroups - 1) + 1; }
-  __device__ __forceinline__ uint32_t groups() const { return place_of(kGroups - 1 - rank) + 1; }
+  __device__ __forceinline__ uint32_t groups() const { return place_of(kGroups - 1 + blocks - rank); }
 
   // For one warp; the cluster's barrier must come between it and the first push.
   __device__ __forceinline__ void open() const {
     const uint32_t word = blocks * 8, i = threadIdx.x % 32;
     uint32_t bytes = i < kRound ? word : kDigits * word;  // of ends, numbers and parts
-    bytes = i == kScatter ? groups() * kGroupBins * word : (i == kGather ? (kBinEntries + 1) * 16 : bytes);
+    bytes = i == kScatter ? groups() * kGroupRows * word : (i == kGather ? (kRows + 1) * 16 : bytes);
     if (i < kMessages) mbarrier_init(barrier(i), 1);
     if (i < kList) mbarrier_arrive_expect(barrier(i), bytes);
     mbarrier_fence_init();

@@ -1,23 +1,26 @@
-// The weights of a block's tokens, summed by bin and by stretch: by the workers, once the row's largest logit is known.
+// The weights of a block's tokens, summed by bin, or finer, and by stretch: by the workers, once the row's largest
+// logit is known.
 #pragma once
 
 #include "cuda/sample_sm90/part.cuh"
 
 namespace gqa::cuda {
 
-// With kLeast the tokens below `least` in its bin go to a row of their own, and so do those without mass.
-template <bool kLeast, typename T, int kThreads>
+// With kLeast the tokens below `least` in its row go to a row of their own, and so do those without mass.
+template <bool kFine, bool kLeast, typename T, int kThreads>
 __device__ __forceinline__ void add_weights(const Part<T, kThreads> &part, Cells *cells, float max, float scale,
-                                            float least) {
+                                            float least, const Scale &by) {
   const uint32_t column = static_cast<uint32_t>(__cvta_generic_to_shared(&cells->histogram[0][lane()]));
-  uint32_t nowhere = column + kNoRow * kRow, at_least = column + kLeastEntry * kRow;
-  asm("" : "+r"(nowhere), "+r"(at_least));  // else a row is chosen first and the column added after
-  const uint32_t least_row = kLeast ? column + weigh(least).bin * kRow : 0;
+  const uint32_t of_bin = kRow << by.shift, zero = column + kZero * of_bin - kUnits * kRow;
+  uint32_t nowhere = column + kNoRow * kRow, below = column + kLeastRow * kRow;
+  asm("" : "+r"(nowhere), "+r"(below));  // else a row is chosen first and the column added after
+  const uint32_t least_row = kLeast ? column + by.row_of(fmaxf(least, -43.75f)) * kRow : 0;
   const auto add = [&](float z, uint32_t further) {
     const float t = mul(sub(z, max), scale);
     const Weight weight = weigh_unchecked(t);
     uint32_t row = column + weight.bin * kRow;
-    if (kLeast) row = row == least_row && t < least ? at_least : row;
+    if (kFine) row = zero - (kZero - weight.bin) * of_bin + by.units_within(t) * kRow;
+    if (kLeast) row = row == least_row && t < least ? below : row;
     add_shared((t >= -43.75f ? row : nowhere) + further, weight.m);
   };
   part.for_each_vector([&](int, const Vec<T> &vec) {

@@ -103,11 +103,15 @@ class Part {
     return {held_ + lane * pitch_, v, static_cast<int>(threadIdx.x / 32), kWarps, turns, min(stretch_, vectors - v)};
   }
 
-  // A lane's, where one warp takes a whole stretch: neighbours.
-  __device__ __forceinline__ Walk walk_alone(int stretch) const {
-    const int lane = threadIdx.x % 32, v = stretch * stretch_, turns = ((stretch_ + 31) / 32) | 1;
-    return {held_ + stretch * pitch_, v, lane * turns, 1, turns, min(stretch_, vectors - v)};
+  // The i-th thread's of some that take a whole stretch: neighbours, an odd number for the banks' sake.
+  template <int kOf>
+  __device__ __forceinline__ Walk walk_along(int stretch, int i) const {
+    const int v = stretch * stretch_, turns = ((stretch_ + kOf - 1) / kOf) | 1;
+    return {held_ + stretch * pitch_, v, i * turns, 1, turns, min(stretch_, vectors - v)};
   }
+
+  // Where all workers together are sooner done with one than a warp is.
+  __device__ __forceinline__ bool has_long_stretches() const { return stretch_ > 128; }
 
   // f(z, v, i) for the logits that find(vector) has bits for, as a window's find().
   template <Many kIfMany, typename Find, typename F>

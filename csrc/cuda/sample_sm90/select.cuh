@@ -25,46 +25,64 @@ class Orders {
   __device__ Orders(const Exchange &exchange, Shared *shared, Cells *cells)
       : exchange_(exchange), shared_(*shared), cells_(*cells) {}
 
-  __device__ __forceinline__ void set_scale(float max, float scale, float least) {
-    max_ = max;
-    scale_ = scale;
-    inverse_ = div(1.0f, scale);
-    least_ = exponent_of(least, max, scale);
-  }
-
   // All lanes write an order, the same values, and then give it: what they change they keep in registers.
   __device__ __forceinline__ void give() const {
     __syncwarp();
     announce<kThreads + 32>(kOrdered);
   }
 
-  // For the tokens of bins [from, to]: their exponents, and logits a little beyond those that have them.
-  __device__ __forceinline__ void write(Order::Kind kind, uint32_t from, uint32_t to) const {
+  // For the tokens of bins up to this one.
+  __device__ __forceinline__ void write_all(Order::Kind kind, uint32_t to) const {
     Order &order = shared_.order;
     order.kind = kind;
-    order.most = most_of_bin(from);
     order.least = least_of_bin(to);
-    order.highest = highest_for(order.most);
+    order.highest = INFINITY;
     order.lowest = lowest_for(order.least);
+  }
+
+  // To add up a stretch.
+  __device__ __forceinline__ void write_pick(int stretch, const Pickable &of) const {
+    Order &order = shared_.order;
+    order.kind = Order::kPick;
+    order.key = stretch;
+    order.least = of.least;
+    order.most = of.most;
+    order.lowest = of.lowest;
+    order.highest = of.highest;
   }
 
   struct Selected {
     bool found;
     uint32_t key;
-    u64 kept;  // count and sum of the tokens from key up in the bins; the count, if asked for, with those above
+    u64 kept;  // count and sum of the tokens from key up in the rows; the count, if asked for, with those above
   };
 
-  // The largest key such that the tokens of bins [from, to] from it up count at least as wanted, those of earlier bins
-  // with them; or, not by count, have at least the mass. A histogram of 64 digits a round, summed over the cluster and
-  // walked down from its largest key. Digits are six bits of the key; where the bins hold many keys, near zero, the
-  // first are equal steps of the exponent, down to the row's least.
+  // The largest key such that the tokens of rows [from, to] from it up count at least as wanted, those of earlier rows
+  // with them; or, not by count, have with `base`, the sum of the bin's earlier rows, at least the mass. A histogram of
+  // 64 digits a round, summed over the cluster and walked down from its largest key. Digits are six bits of the key;
+  // where the rows hold many keys, near zero, the first are equal steps of the exponent, down to the row's least.
+  // Tokens below `to` in its bin are after those asked for, so it does no harm that some are seen.
   __device__ __forceinline__ void begin(uint32_t from, uint32_t to, bool by_count) {
     Order &order = shared_.order;
-    write(Order::kSelect, from, to);
+    const Scale &by = shared_.scale;
+    const uint32_t first_bin = from >> by.shift, last_bin = to >> by.shift;
+    order.kind = Order::kSelect;
+    order.first_row = from;
+    order.least = least_of_bin(last_bin);
+    float most = most_of_bin(first_bin), least = order.least;
+    if (by.is_fine()) {
+      most = fminf(most, by.edge_of(from, -0.515625f));
+      least = fmaxf(least, by.edge_of(to, 0.515625f));
+    }
+    order.most = most;
+    order.highest = highest_for(most);
+    order.lowest = lowest_for(least);
     order.counts = order.counts_above = by_count;
-    order.within = kAll;
+    order.within = 0;
+    order.steps = 0;
+    order.first = kUnit;
     const Digits digits = by_key(by_count);
-    const float range = sub(order.most, fmaxf(order.least, least_));
+    const float range = sub(most, fmaxf(least, by.least));
     order.by_exponent = digits.shift > kBits && range > 0x1p-40f;
     if (order.by_exponent) {
       order.steps = div(by_count ? kDigits - 2.0f : kDigits - 1.0f, range);
@@ -73,19 +91,15 @@ class Orders {
     order.digits = digits;
     __syncwarp();  // all have read the limits
     if (by_count) order.highest = INFINITY;
-    selected_ = 0;
+    shared_.selected[lane()] = 0;
     if (rounds_ != 0) clear_digits();
     give();
   }
 
-  // The first round's answer, unread.
-  __device__ __forceinline__ void skip() {
-    meet<kThreads + 32>(kPassed);
-    exchange_.receive(kRound);
-  }
-
-  __device__ __forceinline__ Selected finish(uint32_t from, bool by_count, uint64_t wanted) {
-    const auto reaches = [&](u64 word) { return (by_count ? count_of(word) : bin_mass(sum_of(word), from)) >= wanted; };
+  __device__ __forceinline__ Selected finish(uint32_t bin, bool by_count, uint64_t wanted, uint64_t base) {
+    const auto reaches = [&](u64 word) {
+      return (by_count ? count_of(word) : bin_mass(base + sum_of(word), bin)) >= wanted;
+    };
     Order &order = shared_.order;
     u64 kept = 0;
     for (;;) {
@@ -115,13 +129,17 @@ class Orders {
       Digits digits = order.digits;
       const bool is_value = digits.shift <= kBits && of_digit >> kFlagShift == 0;  // one of the row's type
       const bool ends = !by_exponent && (is_value || digits.shift == 0 || sum_of(of_digit) < 2 * kLeastM);
-      selected_ += sum_of_digits(digit + ends);
       digits.high -= digit << digits.shift;
-      if (ends) return {true, digits.high - (1u << digits.shift) + 1, with};
+      if (ends) {
+        order.last = digit;
+        const uint32_t least_key = digits.high - (1u << digits.shift) + 1;
+        return {true, ::max(least_key, key(order.lowest)), with};  // some below may not have been seen
+      }
+      shared_.selected[lane()] += sum_of_digits(digit);
       if (by_exponent) {
         const float step = div(1.0f, order.steps), steps = static_cast<float>(digit) - (order.first - kUnit);
         const float most = fminf(order.most, sub(order.most, mul(steps - 0.5f, step)));
-        const float least = fmaxf(order.least, sub(order.most, mul(steps + 0.5f, step)));
+        const float least = fmaxf(shared_.scale.least, sub(order.most, mul(steps + 0.5f, step)));
         __syncwarp();
         order.highest = highest_for(most);
         order.lowest = lowest_for(least);
@@ -138,7 +156,9 @@ class Orders {
   }
 
   // What the last select found, of the lane's stretch of this block.
-  __device__ __forceinline__ uint32_t selected() const { return selected_; }
+  __device__ __forceinline__ uint32_t selected() const {
+    return shared_.selected[lane()] + sum_of_digits(shared_.order.last + 1);
+  }
 
   // What may be picked of a bin.
   __device__ __forceinline__ Pickable pickable(uint32_t bin) const {
@@ -164,11 +184,13 @@ class Orders {
 
   // Logits a little beyond all that have an exponent up to `most`, or from `least`.
   __device__ __forceinline__ float highest_for(float most) const {
-    return key_to_logit(min(key(add(max_, mul(mul(most, inverse_), 0.999998f))) + 2, kInfinityKey));
+    return key_to_logit(
+        min(key(add(shared_.scale.max, mul(mul(most, shared_.scale.inverse), 0.999998f))) + 2, kInfinityKey));
   }
 
   __device__ __forceinline__ float lowest_for(float least) const {
-    return key_to_logit(max(key(add(max_, mul(mul(least, inverse_), 1.000002f))) - 2, kLowestKey));
+    return key_to_logit(
+        max(key(add(shared_.scale.max, mul(mul(least, shared_.scale.inverse), 1.000002f))) - 2, kLowestKey));
   }
 
   // For the order's logits; the first digit for those above, where they count.
@@ -184,8 +206,7 @@ class Orders {
   const Exchange &exchange_;
   Shared &shared_;
   Cells &cells_;
-  float max_ = 0, scale_ = 0, inverse_ = 0, least_ = 0;
-  uint32_t rounds_ = 0, selected_ = 0;
+  uint32_t rounds_ = 0;
 };
 
 }  // namespace gqa::cuda

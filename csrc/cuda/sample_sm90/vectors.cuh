@@ -4,12 +4,17 @@
 #include "common/sampling.h"
 #include "cuda/common/pair_max.cuh"
 #include "cuda/common/vec.cuh"
+#include "plan/sample.h"
 
 namespace gqa::cuda {
 
 // Bits of the key below which logits widened from 16 bits agree.
 template <typename T>
 constexpr int kConstantBits = std::is_same_v<T, float> ? 0 : (std::is_same_v<T, __half> ? 13 : 16);
+
+// Whether the workers help to pick the token: a stretch is large, and nothing is held beside it.
+template <int kThreads>
+constexpr bool kPicks = kThreads == kSampleClusterMany;
 
 // Largest and least as one word, so that the larger word has the larger largest; ~key of the least is below.
 __device__ __forceinline__ unsigned long long ends_of(uint32_t largest, uint32_t least) {

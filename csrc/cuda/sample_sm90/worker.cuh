@@ -18,7 +18,9 @@ __device__ __forceinline__ void clear_cells(uint32_t (&cells)[kRows][kColumns]) 
 template <typename T, int kThreads>
 class Worker {
   static constexpr int kWarps = kThreads / 32;
-  static_assert(kWarps >= kGroups && kThreads >= kBinEntries && kThreads >= kDigits * 8);
+  static constexpr std::bool_constant<true> kYes{};
+  static constexpr std::bool_constant<false> kNo{};
+  static_assert(kWarps >= kGroups && kThreads >= kRows && kThreads >= kDigits * 8);
 
  public:
   __device__ Worker(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells)
@@ -38,7 +40,7 @@ class Worker {
   }
 
   // The histogram, summed over the cluster.
-  __device__ __forceinline__ void weigh_all(const Settings &s, float max) {
+  __device__ __forceinline__ void weigh_all(const Settings &s, float max, float least_logit) {
     scale_ = s.scale;
     max_ = max;
     if (max == INFINITY) {
@@ -46,18 +48,22 @@ class Worker {
       max_ = 0.0f;
     }
     const float least = s.least_exponent;
+    const Scale by = Scale::down_to(exponent_of(least_logit, max_, scale_));
+    const auto add = [&](auto is_fine, auto has_least) {
+      add_weights<is_fine, has_least>(part_, &cells_, max_, scale_, least, by);
+    };
     if (least > -64.0f) {
-      add_weights<true>(part_, &cells_, max_, scale_, least);
+      by.is_fine() ? add(kYes, kYes) : add(kNo, kYes);
     } else {
-      add_weights<false>(part_, &cells_, max_, scale_, least);
+      by.is_fine() ? add(kYes, kNo) : add(kNo, kNo);
     }
     meet<kThreads>(kWorkers);
-    scatter_sums(exchange_, least > -64.0f ? weigh(least).bin : kBinEntries, &shared_, cells_);
+    scatter_sums(exchange_, least >= -43.75f ? by.row_of(least) : kRows, &shared_, cells_);
     announce<kThreads + 32>(kWeighed);
     // The last warps are the first to be done.
     const uint32_t groups = exchange_.groups(), of_each = groups * 4 <= kWarps ? 4 : 1, from_last = kWarps - 1 - warp();
     if (from_last < groups * of_each) {
-      gather_bins(exchange_, from_last / of_each, from_last % of_each, of_each, &shared_);
+      gather_rows(exchange_, from_last / of_each, from_last % of_each, of_each, by.shift, &shared_);
     }
     clear_cells<kThreads>(cells_.sums);
     clear_cells<kThreads>(cells_.counts);
@@ -68,16 +74,7 @@ class Worker {
       meet<kThreads + 32>(kOrdered);
       const Order order = shared_.order;
       if (order.kind == Order::kSelect) {
-        const auto add = [&](auto by_exponent, auto counts) {
-          add_digits<by_exponent, counts>(part_, order, max_, scale_, &cells_);
-        };
-        constexpr std::bool_constant<true> yes;
-        constexpr std::bool_constant<false> no;
-        if (order.counts) {
-          order.by_exponent ? add(yes, yes) : add(no, yes);
-        } else {
-          order.by_exponent ? add(yes, no) : add(no, no);
-        }
+        add_digits(part_, order, shared_.scale, max_, scale_, &cells_);
         meet<kThreads + 32>(kPassed);
         share_digits(exchange_, round % 2, &cells_);
         continue;
@@ -88,8 +85,10 @@ class Worker {
         announce<kThreads + 32>(kPassed);
         if (exchange_.rank != 0) return;
         receive_list<kThreads>(exchange_, &shared_, &cells_, max_, scale_);
-      } else {
+      } else if (order.kind == Order::kFirst) {
         find_first(order.key);
+      } else if constexpr (kPicks<kThreads>) {
+        weigh_stretch(part_, order, max_, scale_, &shared_);
       }
       announce<kThreads + 32>(kPassed);
       return;

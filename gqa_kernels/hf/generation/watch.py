@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -20,7 +19,7 @@ class Watch:
     def __init__(self, model: nn.Module, record: ModelWeights) -> None:
         self._attributes = [module.__dict__ for module in model.modules() if module is not model]
         self._named = [(own, name) for own in self._attributes for name in SETTINGS if name in own]
-        self._parts, self._settings = self._look(model)
+        self._parts, self._settings, _ = self._look(model)
         self._tensors = list(record.tensors())
         self._places = [*map(Tensor.data_ptr, self._tensors)]
 
@@ -28,15 +27,20 @@ class Watch:
         everywhere = nn.modules.module
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return False
-        if any(own["_forward_hooks"] or own["_forward_pre_hooks"] for own in [model.__dict__, *self._attributes]):
-            return False
-        parts, settings = self._look(model)
+        parts, settings, hooked = self._look(model)
         same = len(parts) == len(self._parts) and all(map(is_, parts, self._parts)) and settings == self._settings
-        return same and [*map(Tensor.data_ptr, self._tensors)] == self._places
+        return same and not hooked and [*map(Tensor.data_ptr, self._tensors)] == self._places
 
-    def _look(self, model: nn.Module) -> tuple[list[Any], list[Any]]:
-        """Children and parameters of every module in order; the forwards of instances, and other settings."""
-        modules = [model.__dict__, *self._attributes]
-        parts = chain.from_iterable((*own["_modules"].values(), *own["_parameters"].values()) for own in modules)
-        settings = [own.get("forward") for own in modules] + [own.get(name) for own, name in self._named]
-        return list(parts), [model.training, *settings]
+    def _look(self, model: nn.Module) -> tuple[list[Any], list[Any], bool]:
+        """Children and parameters of every module in order; the forwards of instances, and other settings; whether
+        there are hooks. A call waits for this, so the loop is one."""
+        parts: list[Any] = []
+        settings: list[Any] = [model.training]
+        hooked = False
+        for own in (model.__dict__, *self._attributes):
+            hooked = hooked or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+            parts += own["_modules"].values()
+            parts += own["_parameters"].values()
+            settings.append(own.get("forward"))
+        settings += [own.get(name) for own, name in self._named]
+        return parts, settings, hooked
