@@ -2,26 +2,22 @@
 // token to take, and orders passes over the logits. The controllers of a cluster come to the same conclusions.
 #pragma once
 
+#include "cuda/sample_sm90/filters.cuh"
 #include "cuda/sample_sm90/pick.cuh"
-#include "cuda/sample_sm90/select.cuh"
-#include "cuda/sample_sm90/worker.cuh"
 
 namespace gqa::cuda {
 
 template <typename T, int kThreads>
-class Controller {
+class Controller : public Filters<T, kThreads> {
+  using Base = Filters<T, kThreads>;
+  using Base::bins_, Base::cells_, Base::exchange_, Base::is_flat_, Base::is_skipped_, Base::orders_, Base::shared_;
+  using Base::choose_by_share, Base::choose_in, Base::has_key, Base::number, Base::receive_rows, Base::row_of,
+      Base::sum_of_least, Base::sum_of_rows;
+
  public:
   __device__ Controller(const Exchange &exchange, const Part<T, kThreads> &part, Shared *shared, Cells *cells,
                         const Top &top, uint32_t least_key, bool needs_total)
-      : exchange_(exchange),
-        part_(part),
-        shared_(*shared),
-        cells_(*cells),
-        bins_(shared),
-        orders_(exchange, shared, cells),
-        is_flat_(least_key == top.key),
-        needs_total_(needs_total),
-        writes_(exchange.rank == 0) {}
+      : Base(exchange, shared, cells, least_key == top.key, needs_total), part_(part), writes_(exchange.rank == 0) {}
 
   __device__ __forceinline__ Drawn decide(const Settings &s, int64_t vocab, const Top &top, uint32_t least_key) {
     if (!is_drawn(top, s)) return {first(top.key), !top.has_nan && top.key > kLowestKey};
@@ -51,39 +47,6 @@ class Controller {
       choice = choose(*this, s, shared_.random, limited ? s.top_k : 0);
     }
     return take(*this, choice, shared_.random);
-  }
-
-  __device__ __forceinline__ Kept keep(uint64_t top_k, uint64_t top_p) {
-    Kept kept;
-    if (is_flat_) return kept;
-#pragma unroll 1
-    for (int step = 0; step < 2; ++step) {
-      const bool by_count = step == 0;
-      if (by_count ? top_k == 0 : top_p >= kTopPOff) continue;
-      if (!by_count && top_k != 0) {
-        __syncwarp();
-        shared_.span = bins_.span_of_mass(share_of(mass_of(kept), top_p));
-        __syncwarp();
-      }
-      const Span &span = shared_.span;
-      if (span.first == kBins) continue;
-      orders_.begin(span.first, span.last, by_count);
-      select(span.first, by_count, span.wanted, &kept);
-    }
-    return kept;
-  }
-
-  __device__ __forceinline__ uint64_t sum(uint32_t bin) const { return bins_.sum(bin); }
-  __device__ __forceinline__ uint64_t mass_of(const Kept &kept) const { return bins_.mass_of(kept); }
-  __device__ __forceinline__ Found find_kept(const Kept &, uint64_t mass) const {
-    const Place place = bins_.find_bin(mass);
-    return {place.at, place.before};
-  }
-
-  // Min-p's share of its bin; where another filter ends there too, the smaller of what they keep is what both keep.
-  __device__ __forceinline__ uint64_t kept_sum(const Kept &kept) const {
-    const uint64_t least = sum_of_least(kept);
-    return has_key(kept) ? min(least, kept.sum) : least;
   }
 
   // The lowest index that holds the key.
@@ -154,84 +117,6 @@ class Controller {
   }
 
  private:
-  __device__ __forceinline__ uint64_t number(uint64_t total) const { return mul_high(shared_.random.bin, total) + 1; }
-
-  // All of the bin is kept.
-  __device__ __forceinline__ Choice choose_in(const Place &bin, Choice choice) const {
-    choice.bin = bin.at;
-    choice.sum = bins_.sum(bin.at);
-    return choice;
-  }
-
-  __device__ __forceinline__ uint32_t row_of(float t) const { return shared_.scale.row_of(fmaxf(t, -43.75f)); }
-
-  // Of the rows [first, end), what the lane's stretch of this block has.
-  __device__ __forceinline__ uint32_t sum_of_rows(uint32_t first, uint32_t end) const {
-    uint32_t sum = 0;
-#pragma unroll 4
-    for (uint32_t i = first; i < end; ++i) sum += cells_.histogram[i][lane()];
-    return sum;
-  }
-
-  // What min-p keeps of the bin in which it ends.
-  __device__ __forceinline__ uint64_t sum_of_least(const Kept &kept) const {
-    return bins_.before(row_of(kept.exponent)).sum - bins_.before(bins_.first_of(kept.bin)).sum +
-           shared_.rows[kRows].sum;
-  }
-
-  // Ends a select that began at this row.
-  __device__ __forceinline__ void select(uint32_t from, bool by_count, uint64_t wanted, Kept *kept) {
-    uint32_t bin = bins_.bin_of(from);
-    const Running start = bins_.before(bins_.first_of(bin)), before = bins_.before(from);
-    const auto selected =
-        orders_.finish(bin, by_count, by_count ? wanted : wanted - start.mass, before.sum - start.sum);
-    if (!selected.found) return;
-    kept->key = selected.key;
-    kept->sum = before.sum - start.sum + sum_of(selected.kept);
-    kept->bin = bin;
-    if (by_count) {
-      kept->bin = sampling::weigh(exponent_of(key_to_logit(selected.key), shared_.scale.max, shared_.scale.factor)).bin;
-      kept->sum += start.sum - bins_.before(bins_.first_of(kept->bin)).sum;
-    }
-  }
-
-  // Under top-p alone, which keeps at least `fewest` and ends in `end`. The drawn number grows with the mass kept:
-  // where its bin is the same for the least and the most that may be kept, and none that is cut, the threshold does not
-  // matter. The workers look for it meanwhile where rows are many, as then it matters to some.
-  __device__ __forceinline__ Choice choose_by_share(uint64_t fewest, const Place &end) {
-    constexpr bool is_ahead = kThreads != kSampleClusterFew;
-    if (is_ahead) orders_.begin(end.at, end.at, false);
-    const uint32_t bin = bins_.bin_of(end.at);
-    const uint64_t before = bins_.before(bins_.first_of(bin)).mass, all = bins_.before(bins_.first_of(bin + 1)).mass;
-    Choice choice{{}, bin, fewest, 0};
-    Place place = bins_.find_bin(number(fewest));
-    const uint64_t last = number(end.end);
-    if (fewest == all || (!needs_total_ && last <= min(place.end, before))) {
-      is_skipped_ = is_ahead;
-      return choose_in(place, choice);
-    }
-    if (!is_ahead) orders_.begin(end.at, end.at, false);
-    select(end.at, false, fewest, &choice.kept);
-    choice.total = before + bin_mass(choice.kept.sum, bin);
-    choice.sum = choice.kept.sum;
-    const uint64_t drawn = number(choice.total);
-    if (drawn > before) return choice;
-    if (drawn > place.end) place = bins_.find_bin(drawn);
-    return choose_in(place, choice);
-  }
-
-  __device__ __forceinline__ void receive_rows(float max, float least, float factor) {
-    if (max == INFINITY) max = 0.0f;
-    Scale by = Scale::down_to(exponent_of(least, max, factor));
-    by.max = max;
-    by.factor = factor;
-    by.inverse = div(1.0f, factor);
-    shared_.scale = by;
-    exchange_.receive(kGather);
-    meet<kThreads + 32>(kWeighed);
-    bins_.add_up(by.shift);
-  }
-
   // Few tokens can be kept: the first block has them sent and draws; the others are not to store what they return.
   __device__ __forceinline__ Drawn draw_from_few(const Settings &s, bool limited, uint32_t last_bin) {
     is_dismissed_ = true;
@@ -244,16 +129,8 @@ class Controller {
     return draw_from_list(&cells_, count, s, limited, bins_.mass(), shared_.random, shared_.scale.max);
   }
 
-  __device__ __forceinline__ static bool has_key(const Kept &kept) { return kept.key != 0 && kept.key != ~0u; }
-
-  const Exchange &exchange_;
   const Part<T, kThreads> &part_;
-  Shared &shared_;
-  Cells &cells_;
-  Bins bins_;
-  Orders<T, kThreads> orders_;
-  const bool is_flat_;  // all the row's logits are the same
-  bool needs_total_, writes_, is_skipped_ = false, is_dismissed_ = false;
+  bool writes_, is_dismissed_ = false;
 };
 
 }  // namespace gqa::cuda
