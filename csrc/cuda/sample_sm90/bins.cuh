@@ -5,6 +5,17 @@
 
 namespace gqa::cuda {
 
+// The exponents of a bin, ends included: halves go to the even bin.
+__device__ __forceinline__ float least_of_bin(uint32_t bin) {
+  const float edge = mul(static_cast<float>(bin) + 0.5f, -0.125f);
+  return bin + 1 == kBins ? -43.75f : (bin % 2 == 0 ? edge : from_bits(to_bits(edge) - 1));
+}
+
+__device__ __forceinline__ float most_of_bin(uint32_t bin) {
+  const float edge = mul(static_cast<float>(bin) - 0.5f, -0.125f);
+  return bin == 0 ? 0.0f : (bin % 2 == 0 ? edge : from_bits(to_bits(edge) + 1));
+}
+
 // A row of the histogram. Threads start at different columns, so that they do not meet in one bank.
 __device__ __forceinline__ u64 sum_of_row(const uint32_t (&columns)[kColumns], uint32_t turn) {
   const uint4 *cells = reinterpret_cast<const uint4 *>(columns);
