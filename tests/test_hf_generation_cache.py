@@ -13,6 +13,7 @@ from support.contract import lacks_sm90
 from support.families import longrope, make_model, shared_model
 from support.llama import LAYERS, make_llama, make_prompt, positions_of
 from support.quantized import FORMATS, LARGEST, dequantize, quantize
+from support.streamer import Recorder
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -182,17 +183,6 @@ def test_quantised(device: str, family: str, dtype: torch.dtype, kind: str) -> N
     assert torch.equal(tokens[:, 23:][decided], expected.argmax(-1)[decided])
 
 
-class Streamer:
-    def __init__(self) -> None:
-        self.shown: list[Tensor] = []
-
-    def put(self, value: Tensor) -> None:
-        self.shown.append(value)
-
-    def end(self) -> None:
-        pass
-
-
 def test_sampling_stopping_and_streaming(device: str) -> None:
     """As without a cache; rows end where they end, and pages behind the last one are free again."""
     model, inputs = make_llama(device), make_prompt(device, [11, 4, 23])
@@ -205,9 +195,9 @@ def test_sampling_stopping_and_streaming(device: str) -> None:
         ends = plain[:, 23 + 20].tolist()
         expected = generate(model, **inputs, **options, eos_token_id=ends, pad_token_id=3)
         ending: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": 3, "check_every": check_every}
-        streamer = Streamer()
+        streamer = Recorder()
         out = generate(model, **inputs, **options, **ending, kv_cache=cache, streamer=streamer)
-        assert torch.equal(out, expected) and len(streamer.shown) == 1 + out.shape[1] - 23
+        assert torch.equal(out, expected) and len(streamer.values) == 1 + out.shape[1] - 23
         assert cache.length == out.shape[1] - 1
         assert cache.num_free_pages == cache.num_pages - 3 * -(-cache.length // 4)
 

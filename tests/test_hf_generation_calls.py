@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.families import make_model, shared_model
 from support.llama import make_llama, make_prompt
+from support.streamer import Recorder
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, TextStreamer
 
@@ -202,21 +203,6 @@ def test_calls_that_are_refused(device: str) -> None:
     dynamic.model.rotary_emb.original_max_seq_len = 64
     with pytest.raises(ValueError, match="dynamic rotary scaling"):
         generate(dynamic, **inputs, max_new_tokens=60)
-
-
-class Recorder:
-    def __init__(self, fail_at: int = -1, error: type[BaseException] = KeyboardInterrupt) -> None:
-        self.values: list[Tensor] = []
-        self.fail_at, self.error, self.ended = fail_at, error, False
-
-    def put(self, value: Tensor) -> None:
-        if len(self.values) == self.fail_at:
-            raise self.error
-        assert value.device.type == "cpu"
-        self.values.append(value)
-
-    def end(self) -> None:
-        self.ended = True
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.families import longrope, make_model, shared_model
 from support.llama import make_llama, make_prompt
+from support.streamer import Recorder
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -164,23 +165,13 @@ def test_positional_arguments_and_configs(device: str) -> None:
 
 @pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampling"])
 def test_streamer(device: str, sample: bool) -> None:
-    class Recorder:
-        def __init__(self) -> None:
-            self.values: list[Tensor] = []
-
-        def put(self, value: Tensor) -> None:
-            self.values.append(value)
-
-        def end(self) -> None:
-            self.values.append(torch.tensor([-1]))
-
     model, inputs = make_llama(device), make_prompt(device, [11, 4])
     options = {"eos_token_id": [5, 9, 33, 71], "do_sample": sample}
     theirs, ours = Recorder(), Recorder()
     generate(model, inputs, streamer=theirs, **options)
     with gqa_kernels.patched(model):
         generate(model, inputs, streamer=ours, **options)
-    assert len(ours.values) == len(theirs.values)
+    assert ours.ended and theirs.ended and len(ours.values) == len(theirs.values)
     assert all(torch.equal(a, b) for a, b in zip(ours.values, theirs.values))
 
 
@@ -188,20 +179,11 @@ def test_streamer(device: str, sample: bool) -> None:
 @pytest.mark.parametrize("fail_at", [0, 1, 7])
 def test_interrupted(device: str, fail_at: int, error: type[BaseException]) -> None:
     """The next call knows nothing of it."""
-
-    class Failing:
-        calls = 0
-
-        def put(self, value: Tensor) -> None:
-            self.calls += 1
-            if self.calls > fail_at:
-                raise error
-
     model, inputs = make_llama(device), make_prompt(device, [11, 4])
     expected = generate(model, inputs)[0]
     with gqa_kernels.patched(model) as report:
         with pytest.raises(error):
-            generate(model, inputs, streamer=Failing())
+            generate(model, inputs, streamer=Recorder(fail_at, error))
         assert torch.equal(generate(model, inputs)[0], expected)
     assert not report.own_loops
 

@@ -7,20 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.wrappers import build, load, pointer
+from support.wrappers import fixtures, pointer
 from torch import Tensor
 
 BLOCKS = 8  # of a cluster
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("wrappers_exchange", tmp_path_factory)
-
-
-@pytest.fixture
-def wrappers(gpu: str, built: Path) -> ctypes.CDLL:
-    return load(built)
+built, wrappers = fixtures("wrappers_exchange")
 
 
 def test_they_build(built: Path) -> None:

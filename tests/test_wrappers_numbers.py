@@ -8,21 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.wrappers import DTYPES, build, every_half, integers, load, pointer
+from support.wrappers import DTYPES, every_half, fixtures, integers, pointer
 from torch import Tensor
 
 STORED = {torch.float8_e4m3fn: 5, torch.int8: 6}
 every_stored = pytest.mark.parametrize("stored", STORED)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("wrappers_numbers", tmp_path_factory)
-
-
-@pytest.fixture
-def wrappers(gpu: str, built: Path) -> ctypes.CDLL:
-    return load(built)
+built, wrappers = fixtures("wrappers_numbers")
 
 
 def test_they_build(built: Path) -> None:

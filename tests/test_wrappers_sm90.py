@@ -7,20 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.wrappers import DTYPES, build, every_half, integers, load, pointer
+from support.wrappers import DTYPES, every_half, fixtures, integers, pointer
 from torch import Tensor
 
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("wrappers_sm90", tmp_path_factory)
-
-
-@pytest.fixture
-def wrappers(gpu: str, built: Path) -> ctypes.CDLL:
-    return load(built)
+built, wrappers = fixtures("wrappers_sm90")
 
 
 def test_they_build(built: Path) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,20 @@ def load(library: Path) -> ctypes.CDLL:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper GPU")
     return ctypes.CDLL(str(library))
+
+
+def fixtures(name: str) -> tuple[Any, Any]:
+    """``built``, the library, which any machine with nvcc makes, and ``wrappers``, the library loaded on Hopper."""
+
+    @pytest.fixture(scope="module")
+    def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return build(name, tmp_path_factory)
+
+    @pytest.fixture
+    def wrappers(gpu: str, built: Path) -> ctypes.CDLL:
+        return load(built)
+
+    return built, wrappers
 
 
 def integers(*shape: int, dtype: torch.dtype) -> Tensor:
