@@ -243,7 +243,8 @@ gqa_status launch_dense(const Params &p, const gqa_launch &plan, cudaStream_t st
     return launch_programmatic_clusters(kernel, plan, v.cluster, stream, dense);
   }
   if (v.usual) {  // of many rows: never one vector a thread but of an add
-    auto *kernel = norm_dense_rows < kAdd ? 1 : 2, false, false, kAdd, T, true > ;
+    constexpr int kFewest = kAdd ? 1 : 2;
+    auto *kernel = norm_dense_rows<kFewest, false, false, kAdd, T, true>;
     if (v.held == kMost) kernel = norm_dense_rows<kMost, false, false, kAdd, T, true>;
     if (v.chunk != Vec<T>::kSize) kernel = norm_dense_half_rows<4, kAdd, T, true>;
     return launch_programmatic(kernel, plan, stream, dense);
