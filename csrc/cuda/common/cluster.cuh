@@ -17,6 +17,12 @@ __device__ __forceinline__ uint32_t cluster_size() {
   return size;
 }
 
+__device__ __forceinline__ uint32_t cluster_count() {
+  uint32_t count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
+}
+
 __device__ __forceinline__ uint32_t cluster_id() {
   uint32_t id;
   asm("mov.u32 %0, %%clusterid.x;" : "=r"(id));

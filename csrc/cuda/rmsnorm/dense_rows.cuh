@@ -59,12 +59,6 @@ constexpr int dense_blocks(int held, bool late, bool adds) {
   return held == 2 && adds ? 2 : held == 1 && !adds ? 4 : 3;
 }
 
-__device__ __forceinline__ uint32_t clusters() {
-  uint32_t count;
-  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
-  return count;
-}
-
 // What a warp will have to read of a later row, whole vectors from `row` on.
 template <int kHeld, typename T>
 __device__ __forceinline__ void bring_into_l2(const T *row, int left) {
@@ -112,7 +106,7 @@ __global__ void __launch_bounds__(dense_threads(kHeld), dense_blocks(kHeld, kLat
     if constexpr (kAdds) load_side_by_side<kHeld, true>(p.residual + at, left, residual);
     if constexpr (!kLate) load_side_by_side<kHeld, false>(weights, left, weight);
     if constexpr (kUsual && kCluster) {
-      if (threadIdx.x % 32 == 0 && left > 0 && row + p.ahead < clusters()) {
+      if (threadIdx.x % 32 == 0 && left > 0 && row + p.ahead < cluster_count()) {
         const int64_t later = at + static_cast<int64_t>(p.ahead) * p.hidden;
         bring_into_l2<kHeld>(p.x + later, left);
         if constexpr (kAdds) bring_into_l2<kHeld>(p.residual + later, left);
